@@ -15,6 +15,10 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 FIRST_RETRY, LONGEST_RETRY = 5.0, 300.0
 PARKED_AFTER, PARKED = 20, 3600.0
 """After so many failures (an hour and a quarter) a candidate of the Hub is parked: it comes again only once an hour."""
+FIRST_AVOIDED, LONGEST_AVOIDED = 300.0, 3600.0
+SLOW, SLOWER, SLOWER_AGAIN = 1800.0, 10.0, 4.0
+"""An order is ended that takes more than half an hour, and ten times as long as the slowest of its kind that is done;
+one that was ended is given four times as long, since an honest one may be the largest by far."""
 LONGEST_POLL = 3600.0
 REFUSALS = 3
 """When the Hub has refused the token so many times in a row, it is asked only once an hour."""
@@ -92,3 +96,15 @@ def next_poll(interval: float, failures: int, luck: float, *, after: float = 0.0
         return interval * (0.9 + 0.2 * luck)
     doubled = min(interval / 4 * 2.0 ** min(failures - 1, 16), max(interval, LONGEST_POLL))
     return max(after, doubled * (0.75 + 0.5 * luck))
+
+
+def avoided_for(times: int) -> float:
+    """Seconds for which a machine of a cluster gets no orders that failed one for the `times`-th time in a row: five
+    minutes, then twice as long, up to an hour."""
+    return min(FIRST_AVOIDED * 2.0 ** min(times - 1, 16), LONGEST_AVOIDED)
+
+
+def order_bound(slowest: float, ended: int) -> float:
+    """Seconds that a machine may work on an order, where the `slowest` that is done of the same work took so many, and
+    this one was `ended` so often because of its time."""
+    return max(SLOW, SLOWER * slowest) * SLOWER_AGAIN ** min(ended, 16)

@@ -136,7 +136,14 @@ class OpenedState(LookedState):
         local, asked = Local(self.settings.workers, self.settings.memory), self.settings.ray
         if self.settings.executor == "local":
             return local
-        wanted = RayAsked(asked.address, asked.memory, asked.gpus, asked.max_retries, self.settings.workers)
+        wanted = RayAsked(
+            asked.address,
+            asked.memory,
+            asked.gpus,
+            asked.max_retries,
+            self.settings.workers,
+            seconds=asked.order_timeout,
+        )
         return OnRay(wanted, local, self.stopping)
 
     @property

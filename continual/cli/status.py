@@ -80,7 +80,9 @@ def _cluster(found: Mapping[str, Any] | None) -> list[str]:
     lines = [f"cluster    {found['address']}{_has(found)}"]
     lines += [f"cluster    {found['problem']}"] if found["problem"] else []
     under_way = f"{found['done']} of {found['total']} done, {found['out']} out; " if found["total"] else ""
-    lines.append(f"orders     {under_way}{found['work']['orders']} done by this process, {found['lost']} lost")
+    failed = f", {found['failed']} that a machine could not do" if found["failed"] else ""
+    lines.append(f"orders     {under_way}{found['work']['orders']} done by this process, {found['lost']} lost{failed}")
+    lines += [f"avoided    {one['address']} until {when(one['until'])}: {one['why']}" for one in found["avoided"][:5]]
     lines += [_out(one) for one in found["orders"][:5]]
     lines += [_node(one, connected=found["connected"]) for one in found["nodes"][:_MACHINES]]
     more = len(found["nodes"]) - _MACHINES
@@ -107,14 +109,16 @@ def _out(one: Mapping[str, Any]) -> str:
     """An order that is out."""
     more = f" and {one['tensors'] - 1} more" if one["tensors"] > 1 else ""
     before = f", lost {counted(one['lost'], 'time')} before" if one["lost"] else ""
-    return f"out        {one['tensor']}{more}, since {when(one['since'])}{before}"
+    on = f", on {one['machine']} since {when(one['began'])}" if one["began"] else ""
+    return f"out        {one['tensor']}{more}, since {when(one['since'])}{on}{before}"
 
 
 def _node(one: Mapping[str, Any], *, connected: bool) -> str:
     """A machine of the cluster."""
     alive = "gone" if not one["alive"] else _cores(one) if connected else "not known whether it is alive"
     if not one["heard"]:
-        return f"machine    {one['address']}, {alive}: no order yet"
+        now = f"works on {one['on']}" if one["on"] else "no order yet"
+        return f"machine    {one['address']}, {alive}: {now}"
     heard = f"last heard of {when(one['heard'])} with {one['last']}"
     return f"machine    {one['address']}, {alive}: {_work(one['work'])}; {heard}"
 

@@ -30,7 +30,12 @@ class RaySettings(BaseModel):
         default=0.0, description="GPUs that an order takes, or the share of one; 0: it computes on the CPU"
     )
     max_retries: Annotated[int, Field(ge=0)] = Field(
-        default=3, description="how often an order is sent out again whose worker died"
+        default=3,
+        description="how often an order is sent out again whose worker died, or that its machine could not do",
+    )
+    order_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="how long a machine may work on an order; default: half an hour, and ten times the slowest done",
     )
     exports: Literal["workers", "driver"] = Field(
         default="workers",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pickle
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from platform import python_version
 from typing import NamedTuple
@@ -27,10 +27,16 @@ class WorkAnswer(NamedTuple):
     seconds: float
 
 
-def answered(job: bytes, names: tuple[str, ...], versions: Mapping[str, str]) -> bytes:
-    """Does an order of a pickled `WorkJob`, on a worker; the `WorkAnswer`, pickled."""
+def answered(job: bytes, names: tuple[str, ...], versions: Mapping[str, str]) -> Iterator[tuple[str, str] | bytes]:
+    """Does an order of a pickled `WorkJob`, on a worker. Says at once where it runs (the address of the machine, and
+    the id of Ray's node there), and gives the `WorkAnswer` at the end, pickled."""
+    machine, node = _here()
+    yield machine, node
+    yield _answer(job, names, versions, machine)
+
+
+def _answer(job: bytes, names: tuple[str, ...], versions: Mapping[str, str], machine: str) -> bytes:
     began = time.perf_counter()
-    machine = _machine()
     torch.set_num_threads(1)
     give_back_large_blocks()
     results: Sequence[object] = ()
@@ -76,11 +82,12 @@ def _of_worker(error: Exception, machine: str) -> Exception:
     return found
 
 
-def _machine() -> str:
-    """The address of this machine in the cluster."""
-    from ray import util
+def _here() -> tuple[str, str]:
+    """The address of this machine in the cluster, and the id of Ray's node on it."""
+    from ray import get_runtime_context, util
 
-    return str(util.get_node_ip_address())  # type: ignore[no-untyped-call, unused-ignore]
+    address = util.get_node_ip_address()  # type: ignore[no-untyped-call, unused-ignore]
+    return str(address), str(get_runtime_context().get_node_id())  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _same_software(wanted: Mapping[str, str]) -> None:

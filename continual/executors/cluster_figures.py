@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from continual.executors.avoiding import AvoidedNodes, NodeAvoided
 from continual.outside import counted
 
 LABELS = 64
@@ -36,13 +37,14 @@ class WorkDone(NamedTuple):
 
 
 class NodeSeen(NamedTuple):
-    """A machine as the cluster tells of it: whether it is alive, and the cores, bytes of memory and GPUs that it has
-    for orders."""
+    """A machine as the cluster tells of it: whether it is alive, the cores, bytes of memory and GPUs that it has for
+    orders, and under which ids Ray knows it while it is alive."""
 
     alive: bool
     cores: float = 0.0
     memory: int = 0
     gpus: float = 0.0
+    ids: tuple[str, ...] = ()
 
 
 class NodeWork(NamedTuple):
@@ -55,12 +57,15 @@ class NodeWork(NamedTuple):
 
 class OutOrder(NamedTuple):
     """An order that is out: the tensor with which it begins, how many tensors it has, since when (seconds since 1970),
-    and how often it was lost before."""
+    and how often it was lost before; `machine`: the address of the one that works on it, since the time `began` (None:
+    it waits for a core)."""
 
     first: str
     pieces: int
     since: float
     lost: int
+    machine: str = ""
+    began: float | None = None
 
 
 class ClusterSeen(NamedTuple):
@@ -69,8 +74,9 @@ class ClusterSeen(NamedTuple):
     `address`: of the setting; `answered`: when the cluster last said which `nodes` it has, by address (seconds since
     1970; None: never); `parted`: when its driver ended, if none was there since. `work`: by address, of machines that
     are there or not; `gone`: of further ones together; `labelled`: all of it by label, for metrics; `lost`: orders that
-    were lost with a worker. `since`: when the work under way began (None: there is none), of which `done` of `total`
-    orders came back and `out` are under way, the oldest first.
+    were lost with a worker; `failed`: those that a machine could not do, and another was asked; `avoided`: machines
+    that are given none for a while, by address. `since`: when the work under way began (None: there is none), of which
+    `done` of `total` orders came back and `out` are under way, the oldest first.
     """
 
     address: str = ""
@@ -81,6 +87,8 @@ class ClusterSeen(NamedTuple):
     gone: WorkDone = WorkDone()
     labelled: Mapping[str, WorkDone] = {}
     lost: int = 0
+    failed: int = 0
+    avoided: Mapping[str, NodeAvoided] = {}
     since: float | None = None
     done: int = 0
     total: int = 0
@@ -102,6 +110,7 @@ class RayFigures:
         """`clock` tells seconds since 1970."""
         self.clock = clock
         self._lock = threading.Lock()
+        self.avoided = AvoidedNodes(clock)
         self._seen = ClusterSeen()
         self._clusters: dict[str, ClusterSeen] = {}
         self._work: dict[str, NodeWork] = {}
@@ -115,6 +124,8 @@ class RayFigures:
             return cluster._replace(
                 gone=self._seen.gone,
                 lost=self._seen.lost,
+                failed=self._seen.failed,
+                avoided=self.avoided.now(address),
                 work=dict(self._work),
                 labelled=dict(self._labelled),
                 since=min((one.since for one in driven), default=None),
@@ -134,6 +145,7 @@ class RayFigures:
         with self._lock:
             kept = {name: node for name, node in nodes.items() if node.alive or name in self._work}
             self._clusters[address] = ClusterSeen(address, self.clock(), nodes=kept)
+        self.avoided.there(address, {one for node in nodes.values() for one in node.ids})
 
     def parted(self, address: str) -> None:
         """The driver of the cluster at an address has ended: nobody is connected with it before there is work for it
@@ -172,7 +184,8 @@ class RayFigures:
 
 class DrivenWork:
     """Orders that belong together, `total` of them, begun at the time `since`; `done` of them came back, and `out` are
-    under way. `machines`: who did how much of it; `lost`: how often an order was lost. Written by one thread."""
+    under way. `machines`: who did how much of it; `lost`: how often an order was lost; `elsewhere`: how often a machine
+    could not do one. Written by one thread."""
 
     def __init__(self, figures: RayFigures, total: int) -> None:
         self._figures = figures
@@ -181,6 +194,7 @@ class DrivenWork:
         self.total = total
         self.done = 0
         self.lost = 0
+        self.elsewhere = 0
         self.out: dict[str, OutOrder] = {}
         self.machines: dict[str, WorkDone] = {}
 
@@ -189,6 +203,11 @@ class DrivenWork:
         order = OutOrder(first, pieces, self._figures.clock(), self._times.get(first, 0))
         with self._figures._lock:
             self.out[first] = order
+
+    def began(self, first: str, machine: str) -> None:
+        """The machine at an address works on it from now on."""
+        with self._figures._lock:
+            self.out[first] = self.out[first]._replace(machine=machine, began=self._figures.clock())
 
     def came(self, first: str, address: str, nbytes: int, seconds: float) -> None:
         """It came back from the machine at an address, having read so many bytes in so many seconds."""
@@ -209,6 +228,14 @@ class DrivenWork:
             figures._seen = figures._seen._replace(lost=figures._seen.lost + 1)
         return self._times[first]
 
+    def failed(self, first: str) -> None:
+        """A machine could not do it, and another is asked."""
+        figures = self._figures
+        with figures._lock:
+            del self.out[first]
+            self.elsewhere += 1
+            figures._seen = figures._seen._replace(failed=figures._seen.failed + 1)
+
 
 FIGURES = RayFigures()
 """Of all orders of this process."""
@@ -226,6 +253,7 @@ def nodes_of(found: Sequence[Mapping[str, Any]]) -> dict[str, NodeSeen]:
             before.cores + has.get("CPU", 0.0),
             before.memory + int(has.get("memory", 0)),
             before.gpus + has.get("GPU", 0.0),
+            (*before.ids, str(one["NodeID"])) if one["Alive"] else before.ids,
         )
     return nodes
 
@@ -239,4 +267,5 @@ def told(driven: DrivenWork) -> str:
     ]
     said += [f"{len(machines) - _TOLD} more machines did the rest"] if len(machines) > _TOLD else []
     said += [f"{counted(driven.lost, 'order')} lost with a worker and sent out again"] if driven.lost else []
+    said += [f"{counted(driven.elsewhere, 'order')} sent to another machine"] if driven.elsewhere else []
     return f"{counted(driven.done, 'order')} done on the cluster: {'; '.join(said)}"

@@ -6,6 +6,7 @@ It is told what to do by messages, and tells what came of it; `links` is the oth
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import queue
@@ -15,22 +16,26 @@ import textwrap
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 NODES = 5.0
 """Seconds after which the cluster is asked again which machines it has."""
+NODE = ("NodeID", "NodeManagerAddress", "Alive", "Resources")
+"""What is told of each."""
 
 
 class SendOrder(NamedTuple):
-    """To the driver: an order of the job `job`, with the options of Ray that it runs under."""
+    """To the driver: an order of the job `job`, with the options of Ray that it runs under. Of Ray's nodes those of
+    the ids `avoid` do not do it; where `only` is an id, no other does."""
 
     number: int
     job: str
     names: tuple[str, ...]
     versions: Mapping[str, str]
     options: Mapping[str, Any]
+    avoid: tuple[str, ...] = ()
+    only: str = ""
 
 
 class SendJob(NamedTuple):
@@ -46,13 +51,23 @@ class SendStop(NamedTuple):
     numbers: tuple[int, ...]
 
 
+class Began(NamedTuple):
+    """From the driver: a worker has begun with an order, on the machine with this address, on Ray's `node` there."""
+
+    number: int
+    machine: str
+    node: str
+
+
 class Came(NamedTuple):
-    """From the driver: the answer to an order, or why there is none; `lost`: its worker died."""
+    """From the driver: the answer to an order, or why there is none; `lost`: its worker died; else `machine` says on
+    which one it could not be done, where Ray says that."""
 
     number: int
     answer: bytes | None
     why: str = ""
     lost: bool = False
+    machine: str = ""
 
 
 class Nodes(NamedTuple):
@@ -119,24 +134,24 @@ def _look(ray: Any, tell: Any) -> None:
         except Exception as error:  # orders that are out say whether it matters
             sys.stderr.write(f"the cluster does not say which machines it has: {_line(error)}\n")
         else:
-            tell(Nodes([{key: node[key] for key in ("NodeManagerAddress", "Alive", "Resources")} for node in nodes]))
+            tell(Nodes([{key: node[key] for key in NODE} for node in nodes]))
         time.sleep(NODES)
 
 
 def _drive(ray: Any, inbox: queue.SimpleQueue[object], tell: Any) -> None:
     from continual.executors.away import answered
 
-    remote = ray.remote(answered)
+    remote, loop = ray.remote(answered), asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
     jobs: dict[str, Any] = {}
     running: dict[int, Any] = {}
 
-    def came(number: int, future: Future[bytes]) -> None:
-        running.pop(number, None)
-        error = future.exception()
-        if error is None:
-            tell(Came(number, future.result()))
-        else:
-            tell(Came(number, None, _line(error), not isinstance(error, ray.exceptions.RayTaskError)))
+    async def follow(number: int, said: Any) -> None:
+        try:
+            came = await _followed(ray, number, said, tell)
+        finally:
+            running.pop(number, None)
+        tell(came)
 
     while True:
         message = inbox.get()
@@ -146,16 +161,44 @@ def _drive(ray: Any, inbox: queue.SimpleQueue[object], tell: Any) -> None:
             else:
                 jobs[message.job] = ray.put(message.pickled)
         elif isinstance(message, SendStop):
-            for ref in [running[number] for number in message.numbers if number in running]:
-                ray.cancel(ref, force=True)
+            for said in [running[number] for number in message.numbers if number in running]:
+                ray.cancel(said, force=True)
         elif isinstance(message, SendOrder):
             try:
-                ref = remote.options(**message.options).remote(jobs[message.job], message.names, message.versions)
+                options = _placed(message)
+                said = remote.options(**options).remote(jobs[message.job], message.names, message.versions)
             except Exception as error:  # Ray takes no order with these options
                 tell(Came(message.number, None, _line(error)))
                 continue
-            running[message.number] = ref
-            ref.future().add_done_callback(lambda future, number=message.number: came(number, future))
+            running[message.number] = said
+            asyncio.run_coroutine_threadsafe(follow(message.number, said), loop)
+
+
+async def _followed(ray: Any, number: int, said: Any, tell: Any) -> Came:
+    """Tells that an order has begun; what came of it."""
+    try:
+        async for ref in said:
+            found = await ref
+            if isinstance(found, bytes):
+                return Came(number, found)
+            tell(Began(number, *found))
+    except ray.exceptions.RayTaskError as error:
+        return Came(number, None, _line(error), machine=str(error.ip))
+    except Exception as error:
+        return Came(number, None, _line(error), lost=True)
+    return Came(number, None, "its worker gave no answer", lost=True)
+
+
+def _placed(order: SendOrder) -> dict[str, Any]:
+    """The options of an order with where it may be done. A worker says two things of it, one after the other."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    options = {**order.options, "num_returns": "streaming"}
+    if order.only:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(order.only, soft=False)
+    elif order.avoid:
+        options["label_selector"] = {"ray.io/node-id": f"!in({','.join(order.avoid)})"}
+    return options
 
 
 def _line(error: BaseException) -> str:

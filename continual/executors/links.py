@@ -23,7 +23,7 @@ from typing import Any
 
 from continual.errors import Misconfigured, Retry
 from continual.executors.cluster_figures import FIGURES, nodes_of
-from continual.executors.driving import Came, Nodes, NotConnected, RayLoaded, SendJob, SendOrder, SendStop
+from continual.executors.driving import Began, Came, Nodes, NotConnected, RayLoaded, SendJob, SendOrder, SendStop
 
 REACHED = 10.0
 """Seconds in which the head of a cluster takes a connection."""
@@ -69,7 +69,7 @@ class ClusterLink:
         self._reached()
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._waiting: dict[int, queue.SimpleQueue[Came | None]] = {}
+        self._waiting: dict[int, Answers] = {}
         self._said: deque[str] = deque(maxlen=20)
         self._failed = ""
         self._loaded, self._up, self._over = threading.Event(), threading.Event(), threading.Event()
@@ -118,18 +118,21 @@ class ClusterLink:
         """Sends a job, before its first order; without bytes: it is over."""
         self._to_send.put(SendJob(job, pickled))
 
-    def order(
-        self, job: str, names: tuple[str, ...], sent: tuple[Mapping[str, str], Mapping[str, Any]], to: Answers
-    ) -> int:
-        """Sends an order out, with the versions that it wants and the options of Ray; `to` gets what came of it. Its
-        number."""
+    def order(self, order: SendOrder, to: Answers) -> int:
+        """Sends an order out, under a number of its own, which is returned; `to` gets what comes of it."""
         number = next(self._numbers)
         with self._lock:
             self._waiting[number] = to
-        self._to_send.put(SendOrder(number, job, names, *sent))
+        self._to_send.put(order._replace(number=number))
         if self._over.is_set():  # it may have ended before it was known that somebody waits
             to.put(None)
         return number
+
+    def drop(self, number: int) -> None:
+        """Has an order end that nobody waits for any more: nothing more is heard of it."""
+        with self._lock:
+            self._waiting.pop(number, None)
+        self._to_send.put(SendStop((number,)))
 
     def end(self, numbers: Sequence[int], answers: Answers) -> None:
         """Has orders end that nobody waits for any more, and waits until they have."""
@@ -145,7 +148,7 @@ class ClusterLink:
                 came = answers.get(timeout=_LOOK)
             except queue.Empty:
                 continue
-            if came is not None:
+            if isinstance(came, Came):
                 waiting.discard(came.number)
 
     def gone(self) -> Retry:
@@ -232,6 +235,11 @@ class ClusterLink:
                 waiting = self._waiting.pop(message.number, None)
             if waiting is not None:
                 waiting.put(message)
+        elif isinstance(message, Began):
+            with self._lock:
+                begun = self._waiting.get(message.number)
+            if begun is not None:
+                begun.put(message)
         elif isinstance(message, Nodes):
             self._found, self._answered = message.found, time.monotonic()
             FIGURES.answered(self.address, nodes_of(message.found))
@@ -258,8 +266,8 @@ class ClusterLink:
                     _log.debug("the driver of Ray: %s", text)
 
 
-Answers = queue.SimpleQueue[Came | None]
-"""Where answers come in; None: the driver has ended, and none will come."""
+Answers = queue.SimpleQueue[Began | Came | None]
+"""Where it comes in what is heard of orders; None: the driver has ended, and nothing more will come."""
 _LINKS: dict[str, ClusterLink] = {}
 _LINKING = threading.Lock()
 

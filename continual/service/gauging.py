@@ -147,7 +147,12 @@ def _look_at_cluster(settings: Settings, live: Live, metrics: Metrics) -> None:
 
 
 NO_CLUSTER: dict[str, float | None] = dict.fromkeys(
-    ("continual_ray_nodes", "continual_ray_answered_timestamp_seconds", "continual_ray_orders_out")
+    (
+        "continual_ray_nodes",
+        "continual_ray_answered_timestamp_seconds",
+        "continual_ray_orders_out",
+        "continual_ray_avoided_nodes",
+    )
 )
 """The gauges of a cluster where none is used any more."""
 
@@ -161,7 +166,9 @@ def cluster(seen: ClusterSeen, metrics: Metrics) -> None:
             "continual_ray_answered_timestamp_seconds": seen.answered,
             "continual_ray_orders_out": len(seen.out),
             "continual_ray_orders_total": seen.all.orders,
+            "continual_ray_avoided_nodes": len(seen.avoided),
             "continual_ray_lost_total": seen.lost,
+            "continual_ray_failed_total": seen.failed,
             "continual_ray_seconds_total": seen.all.seconds,
             "continual_ray_read_bytes_total": seen.all.nbytes,
         }

@@ -177,6 +177,13 @@ TABLE: tuple[Series, ...] = (
         "Orders that were lost with a worker, and sent out again.",
         there="ray",
     ),
+    Series(
+        "counter",
+        "continual_ray_failed_total",
+        "Orders that a machine could not do, and another was asked.",
+        there="ray",
+    ),
+    Series("gauge", "continual_ray_avoided_nodes", "Machines that are given no orders for a while.", there="ray"),
     Series("counter", "continual_ray_seconds_total", "Seconds that the orders took, added up.", there="ray"),
     Series("counter", "continual_ray_read_bytes_total", "Bytes that the orders read.", there="ray"),
     Series("counter", "continual_ray_node_orders_total", "The same orders by machine.", _NODE, there="ray"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from textwrap import shorten
 
-from continual.executors.cluster_figures import ClusterSeen, NodeSeen, WorkDone
-from continual.service.web.view import ShownCluster, ShownNode, ShownOrder, ShownWork
+from continual.executors.cluster_figures import ClusterSeen, NodeSeen, OutOrder, WorkDone
+from continual.service.web.view import ShownAvoided, ShownCluster, ShownNode, ShownOrder, ShownWork
 
 NODES = 50
 """Machines that are shown by themselves."""
 ORDERS = 12
 """Orders that are shown by themselves."""
+WHY = 500
+"""Characters of why a machine is avoided."""
 SILENT = 30.0
 """Seconds without an answer, while there is work, after which a cluster is said to be silent."""
 
@@ -37,10 +40,15 @@ def shown(address: str, seen: ClusterSeen, now: float) -> ShownCluster:
         others=_shown(others),
         work=_shown(seen.all),
         lost=seen.lost,
+        failed=seen.failed,
+        avoided=tuple(
+            ShownAvoided(name, shorten(one.why, WHY, placeholder=" …"), _time(one.since), _time(one.until))
+            for name, one in sorted(seen.avoided.items(), key=lambda named: _by_numbers(named[0]))[:NODES]
+        ),
         done=seen.done,
         total=seen.total,
         out=len(seen.out),
-        orders=tuple(ShownOrder(one.first, one.pieces, _time(one.since), one.lost) for one in seen.out[:ORDERS]),
+        orders=tuple(map(_order, seen.out[:ORDERS])),
     )
 
 
@@ -55,8 +63,14 @@ def silence(seen: ClusterSeen, now: float) -> str:
     return f"{since}, and there is work for it"
 
 
+def _order(one: OutOrder) -> ShownOrder:
+    began = None if one.began is None else _time(one.began)
+    return ShownOrder(one.first, one.pieces, _time(one.since), one.lost, one.machine or None, began)
+
+
 def _node(seen: ClusterSeen, name: str) -> ShownNode:
     node, work = _seen(seen, name), seen.work.get(name)
+    on = sorted((one for one in seen.out if one.machine == name), key=lambda one: one.began or one.since)
     return ShownNode(
         address=name,
         alive=node.alive,
@@ -66,6 +80,8 @@ def _node(seen: ClusterSeen, name: str) -> ShownNode:
         work=_shown(_work(seen, name)),
         heard=None if work is None else _time(work.heard),
         last=None if work is None else work.last,
+        working=len(on),
+        on=on[0].first if on else None,
     )
 
 

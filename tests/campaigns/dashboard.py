@@ -175,6 +175,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 Query("continual_ray_nodes@", "{{instance}} machines"),
                 Query("continual_ray_orders_out@", "{{instance}} orders out"),
+                Query("continual_ray_avoided_nodes@", "{{instance}} machines that are avoided"),
             ),
         ),
         Panel(
@@ -183,6 +184,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             (
                 Query("rate(continual_ray_orders_total@[5m]) * 60", "{{instance}} done"),
                 Query("rate(continual_ray_lost_total@[5m]) * 60", "{{instance}} lost and sent out again"),
+                Query("rate(continual_ray_failed_total@[5m]) * 60", "{{instance}} sent to another machine"),
             ),
         ),
         _one("Since the cluster last answered", "s", "time() - continual_ray_answered_timestamp_seconds@", form="stat"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from continual.errors import Refuse
+from continual.executors.away import _here
 from continual.executors.contract import Task
-from continual.executors.orders import WorkJob, WorkPiece
+from continual.executors.orders import NotHere, WorkJob, WorkPiece
 
 UNTIL = 60.0
 
@@ -27,13 +32,19 @@ class Mark(NamedTuple):
 @dataclass(frozen=True)
 class MarkJob(WorkJob[Mark]):
     """Pieces named by what they do: `plain-N`, `broken-N` (fails), `together-N` (waits until as many have begun as the
-    directory says in `wanted`), `after-X` (waits for the file X)."""
+    directory says in `wanted`), `after-X` (waits for the file X). Those of `BAD` do it on the machines that the
+    directory names in `bad`, by default the first that one is begun on, and nothing elsewhere; `tried-NAME-MACHINE`
+    says where one was begun."""
 
     directory: Path
 
     def open(self) -> Marking:
         (self.directory / f"opened-{time.time_ns()}").touch()
         return Marking(self.directory)
+
+
+BAD = ("full", "apart", "dies", "stops")
+"""What pieces meet on a bad machine: a full disk, a folder that is not there, a death, a process that stands still."""
 
 
 class Marking:
@@ -54,10 +65,27 @@ class Marking:
         if kind == "together":
             wanted = int((self._directory / "wanted").read_text())
             self._wait(lambda: len(list(self._directory.glob("begun-together-*"))) >= wanted)
+        if kind in BAD:
+            self._on_bad_machine(kind, name)
         if kind == "after":
             self._wait((self._directory / rest).exists)
         (self._directory / f"ended-{name}").touch()
         return Mark(name, torch.get_num_threads())
+
+    def _on_bad_machine(self, kind: str, name: str) -> None:
+        machine = _here()[0]
+        (self._directory / f"tried-{name}-{machine}").touch()
+        mine = self._directory / f"mine-{os.getpid()}"
+        mine.write_text(machine)
+        with contextlib.suppress(FileExistsError):
+            os.link(mine, self._directory / "bad")
+        if machine not in (self._directory / "bad").read_text().split():
+            return
+        if kind == "full":
+            raise OSError(errno.ENOSPC, "No space left on device", f"/scratch/{name}")
+        if kind == "apart":
+            raise NotHere(f"{self._directory} is not there")
+        os.kill(os.getpid(), signal.SIGKILL if kind == "dies" else signal.SIGSTOP)
 
     @staticmethod
     def _wait(until: object) -> None:

@@ -59,6 +59,9 @@ def filled() -> Metrics:
                 driven.came(first, machine, 14, 0.5)
         driven.was_lost("d")
         driven.sent("d", 1)
+        driven.failed("d")
+        driven.sent("d", 1)
+        figures.avoided.avoid("10.0.0.7:6379", "10.0.0.8", ["id"], "its disk is full")
         for _ in range(2):  # it is looked at again and again
             gauging.cluster(figures.seen("10.0.0.7:6379"), metrics)
     metrics.published(8)
@@ -132,6 +135,8 @@ def test_every_series_says_what_was_observed() -> None:
         'continual_ray_node_read_bytes_total{node="10.0.0.7"} 28.0',
         'continual_ray_node_orders_total{node="other"} 0.0',
         "continual_ray_lost_total 1.0",
+        "continual_ray_failed_total 1.0",
+        "continual_ray_avoided_nodes 1.0",
         "continual_ray_seconds_total 1.5",
         "continual_ray_read_bytes_total 42.0",
         'continual_degraded{reason="disk"} 1.0',

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from continual.retrying import PARKED_AFTER, TRIES, Fault, fault_of, next_poll, next_try, retry_delay
+from continual.retrying import (
+    PARKED_AFTER,
+    TRIES,
+    Fault,
+    avoided_for,
+    fault_of,
+    next_poll,
+    next_try,
+    order_bound,
+    retry_delay,
+)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +113,15 @@ def test_when_the_hub_is_polled_again(failures: int, luck: float, after: float, 
 
 def test_rare_polls_do_not_become_more_frequent_by_failing() -> None:
     assert next_poll(7200.0, 30, 0.5) == pytest.approx(7200.0)
+
+
+def test_for_how_long_a_machine_is_avoided() -> None:
+    assert [avoided_for(times) for times in (1, 2, 3, 4, 5, 10**6)] == [300, 600, 1200, 2400, 3600, 3600]
+
+
+@pytest.mark.parametrize(
+    ("slowest", "ended", "bound"),
+    [(0.0, 0, 1800), (4.0, 0, 1800), (860.0, 0, 8600), (4.0, 1, 7200), (4.0, 2, 28800), (860.0, 1, 34400)],
+)
+def test_how_long_an_order_may_take(slowest: float, ended: int, bound: float) -> None:
+    assert order_bound(slowest, ended) == bound

@@ -206,7 +206,8 @@ class ShownWork:
 @dataclass(frozen=True, slots=True)
 class ShownNode:
     """A machine of a cluster: its address, whether it is alive, and the cores, bytes of memory and GPUs that it has for
-    orders; its `work`, when it last gave an order back, and with which tensor that order began. None: it did none."""
+    orders; its `work`, when it last gave an order back, and with which tensor that order began (None: it did none);
+    on how many orders it works now, and with which tensor the one `on` it begins that it has for the longest."""
 
     address: str
     alive: bool
@@ -216,17 +217,31 @@ class ShownNode:
     work: ShownWork
     heard: str | None
     last: str | None
+    working: int
+    on: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShownAvoided:
+    """A machine of a cluster that is given no orders for a while: why, since when and until when."""
+
+    address: str
+    why: str
+    since: str
+    until: str
 
 
 @dataclass(frozen=True, slots=True)
 class ShownOrder:
     """An order that is out: the tensor with which it begins, how many it has, since when, and how often it was lost
-    with a worker before."""
+    with a worker before; which machine works on it, since when (None: it waits for a core)."""
 
     tensor: str
     tensors: int
     since: str
     lost: int
+    machine: str | None
+    began: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +249,9 @@ class ShownCluster:
     """The cluster that does the work. `address`: of the setting; `answered`: when it last said which machines it has
     (None: never); `connected`: whether its driver lives; `problem`: where it does not, or has no answer. Of the
     machines that are `alive`, all `cores`, `memory_bytes` and `gpus`; `nodes`: some of the machines; `others`: what
-    further ones did, which are not told of; `work`: what all did; `lost`: orders that were lost with a worker. Of the
-    work under way `done` of `total` orders came back and `out` are under way, the oldest of them in `orders`."""
+    further ones did, which are not told of; `work`: what all did; `lost`: orders that were lost with a worker;
+    `failed`: those that a machine could not do, and another was asked; `avoided`: machines that get none for a while.
+    Of the work under way `done` of `total` orders came back and `out` are under way, the oldest of them in `orders`."""
 
     address: str
     answered: str | None
@@ -249,6 +265,8 @@ class ShownCluster:
     others: ShownWork
     work: ShownWork
     lost: int
+    failed: int
+    avoided: tuple[ShownAvoided, ...]
     done: int
     total: int
     out: int

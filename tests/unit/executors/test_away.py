@@ -73,12 +73,15 @@ class Raiser:
 
 @pytest.fixture(autouse=True)
 def _there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(away, "_machine", lambda: "10.0.0.3")
+    monkeypatch.setattr(away, "_here", lambda: ("10.0.0.3", "ab"))
 
 
 def answer(name: str, versions: dict[str, str] | None = None) -> WorkAnswer:
     job = pickle.dumps(Raising("raising"))
-    found = pickle.loads(answered(job, (name,), versions or software()))
+    where, said = answered(job, (name,), versions or software())
+    assert where == ("10.0.0.3", "ab")
+    assert isinstance(said, bytes)
+    found = pickle.loads(said)
     assert isinstance(found, WorkAnswer)
     return found
 

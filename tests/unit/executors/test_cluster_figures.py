@@ -124,9 +124,9 @@ def test_nodes_of_one_machine_are_told_of_together_and_what_was_there_before_cou
         ]
     )
     assert found == {
-        "10.0.0.1": NodeSeen(True, 4.0, 3_000_000_000, 1.0),
+        "10.0.0.1": NodeSeen(True, 4.0, 3_000_000_000, 1.0, ("ab", "ab")),
         "10.0.0.2": NodeSeen(False),
-        "10.0.0.3": NodeSeen(True),
+        "10.0.0.3": NodeSeen(True, ids=("ab",)),
     }
 
 

@@ -99,7 +99,8 @@ from multiprocessing.connection import Connection
 from continual.executors.driving import Nodes, RayLoaded
 link = Connection(int(sys.argv[1]))
 link.send(RayLoaded())
-link.send(Nodes([{"NodeManagerAddress": "127.0.0.1", "Alive": True, "Resources": {"CPU": 1.0, "memory": 1e9}}]))
+has = {"CPU": 1.0, "memory": 1e9}
+link.send(Nodes([{"NodeID": "ab", "NodeManagerAddress": "127.0.0.1", "Alive": True, "Resources": has}]))
 """
 """A driver whose cluster has one machine."""
 

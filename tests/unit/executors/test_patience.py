@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from continual.errors import Retry
-from continual.executors.ray import NO_ROOM, Patience
+from continual.executors.patience import NO_ROOM, Patience
 
 OPTIONS = {"num_cpus": 1, "num_gpus": 0.0, "memory": 2_000_000_000, "name": "continual lm_head.weight"}
 

@@ -161,6 +161,9 @@ def test_orders_under_way_are_shown_while_they_are(client: TestClient, live: Liv
     with live.figures.driving(40) as driven:
         for number in range(20):
             driven.sent(f"layer.{number}", 3 if number == 0 else 1)
+        clock.now += 30.0
+        driven.began("layer.0", "10.0.0.2")
+        clock.now -= 30.0
         driven.was_lost("layer.1")
         driven.sent("layer.1", 1)
         driven.came("layer.5", "10.0.0.2", 1, 1.0)
@@ -173,13 +176,45 @@ def test_orders_under_way_are_shown_while_they_are(client: TestClient, live: Liv
             "tensors": 3,
             "since": "2026-11-18T11:09:40Z",
             "lost": 0,
+            "machine": "10.0.0.2",
+            "began": "2026-11-18T11:10:10Z",
         }
+        assert found["orders"][1]["machine"] is None
+        assert [(one["working"], one["on"]) for one in found["nodes"]] == [(1, "layer.0"), (0, None), (0, None)]
         lines = text(body).splitlines()
         assert "orders     1 of 40 done, 19 out; 4 done by this process, 2 lost" in lines
-        assert "out        layer.0 and 2 more, since 2026-11-18T11:09:40Z" in lines
+        out = "out        layer.0 and 2 more, since 2026-11-18T11:09:40Z, on 10.0.0.2 since 2026-11-18T11:10:10Z"
+        assert out in lines
+        assert "layer.0  3  2026-11-18T11:09:40Z  10.0.0.2  2026-11-18T11:10:10Z" in re.sub(" +", "  ", block(client))
         assert "Now: 1 of 40 orders done, 19 out, 20 still to be sent." in block(client)
         assert "and 7 more" in block(client)
     assert "No order is out." in block(client)
+
+
+def test_a_machine_that_is_avoided_is_told_of_everywhere(client: TestClient, live: Live, clock: Clock) -> None:
+    some_work(live.figures, clock)
+    address = "10.0.0.1:6379"
+    nodes = {f"10.0.0.{n}": NodeSeen(True, 8.0, ids=(f"id{n}",)) for n in (2, 10)}
+    live.figures.answered(address, nodes)
+    why = f"OSError: No space left on device: '{HOSTILE}'"
+    live.figures.avoided.avoid(address, "10.0.0.10", ["id10"], why)
+    with live.figures.driving(1) as driven:
+        driven.sent("x", 1)
+        driven.failed("x")
+    body = client.get("/api/status").json()
+    escaped = why.replace(HOSTILE, r"<b>layer\u202e")
+    assert f"avoided    10.0.0.10 until 2026-11-18T11:14:40Z: {escaped}" in text(body).splitlines()
+    assert "orders     3 done by this process, 1 lost, 1 that a machine could not do" in text(body).splitlines()
+    told = html.unescape(block(client))
+    assert f"The machine 10.0.0.10 gets no orders until 2026-11-18T11:14:40Z: {escaped}" in told
+    assert "10.0.0.10  avoided  8" in told
+    assert "10.0.0.2  alive  8" in told
+    shown = looked(live).text()
+    assert b"continual_ray_avoided_nodes 1.0" in shown
+    assert b"continual_ray_failed_total 1.0" in shown
+    clock.now += 300.0
+    assert client.get("/api/status").json()["cluster"]["avoided"] == []
+    assert b"continual_ray_avoided_nodes 0.0" in looked(live).text()
 
 
 def test_an_open_page_hears_every_two_seconds_of_orders_that_are_out(live: Live, clock: Clock) -> None:

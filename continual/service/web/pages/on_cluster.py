@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from continual.outside import counted
-from continual.service.web.pages.markup import Html, facts, name, paragraph, section, table
+from continual.service.web.pages.markup import Html, facts, join, name, paragraph, section, table
 from continual.service.web.view import ShownCluster, ShownNode, ShownWork
 from continual.texts import duration, size, when
 
@@ -17,9 +17,23 @@ def cluster(found: ShownCluster | None) -> Html:
         "Cluster",
         paragraph(f"The cluster {found.problem}.", "bad") if found.problem else "",
         paragraph(f"At {found.address}{f', as of {when(found.answered)}' if found.answered else ''}."),
-        facts([*_has(found), ("orders done", found.work.orders), ("orders lost", found.lost)]),
+        _avoided(found),
+        facts([*_has(found), ("orders done", found.work.orders), *_failures(found)]),
         _orders(found),
         _nodes(found),
+    )
+
+
+def _failures(found: ShownCluster) -> list[tuple[str, object]]:
+    failed = [("orders that a machine could not do", found.failed)] if found.failed else []
+    return [("orders lost", found.lost), *failed]
+
+
+def _avoided(found: ShownCluster) -> Html:
+    """Machines that get no orders for a while, and why."""
+    return join(
+        paragraph(f"The machine {one.address} gets no orders until {when(one.until)}: {one.why}", "bad")
+        for one in found.avoided
     )
 
 
@@ -43,11 +57,20 @@ def _orders(found: ShownCluster) -> Html:
     told = paragraph(
         f"Now: {found.done} of {counted(found.total, 'order')} done, {found.out} out, {waiting} still to be sent."
     )
-    rows = ((name(one.tensor), one.tensors, when(one.since), one.lost or "") for one in found.orders)
-    more = found.out - len(found.orders)
-    table_ = (
-        table(("begins with", "tensors", "since", "lost before"), rows, "Orders that are out") if found.orders else ""
+    rows = (
+        (
+            name(one.tensor),
+            one.tensors,
+            when(one.since),
+            one.machine or "",
+            when(one.began) if one.began else "waits for a core",
+            one.lost or "",
+        )
+        for one in found.orders
     )
+    more = found.out - len(found.orders)
+    head = ("begins with", "tensors", "since", "machine", "at work since", "lost before")
+    table_ = table(head, rows, "Orders that are out") if found.orders else ""
     return Html(told + table_ + (paragraph(f"and {more} more") if more > 0 else ""))
 
 
@@ -57,7 +80,7 @@ def _nodes(found: ShownCluster) -> Html:
         return paragraph("Which machines it has is asked when there is work for it.", "none")
     rows = [_node(one, found) for one in found.nodes]
     if found.others.orders:
-        rows.append(("others", "", "", "", "", *_work(found.others), "", ""))
+        rows.append(("others", "", "", "", "", "", "", *_work(found.others), "", ""))
     return table(
         (
             "machine",
@@ -65,7 +88,9 @@ def _nodes(found: ShownCluster) -> Html:
             "cores",
             "memory",
             "GPUs",
-            "orders",
+            "orders now",
+            "works on",
+            "orders done",
             "read",
             "time of work",
             "last heard of",
@@ -79,8 +104,10 @@ def _nodes(found: ShownCluster) -> Html:
 def _node(one: ShownNode, found: ShownCluster) -> tuple[object, ...]:
     has = (f"{one.cores:g}", size(one.memory_bytes), f"{one.gpus:g}") if one.alive else ("", "", "")
     heard = (when(one.heard), name(one.last)) if one.heard else ("", "")
-    state = "gone" if not one.alive else "alive" if found.connected else "not known"
-    return (one.address, state, *has, *_work(one.work), *heard)
+    avoided = one.address in {each.address for each in found.avoided}
+    state = "gone" if not one.alive else "not known" if not found.connected else "avoided" if avoided else "alive"
+    on = (one.working, name(one.on)) if one.on else ("", "")
+    return (one.address, state, *has, *on, *_work(one.work), *heard)
 
 
 def _work(work: ShownWork) -> tuple[object, ...]:

@@ -1,0 +1,147 @@
+"""Orders that do not come back from a machine, on a real cluster of two: others do them, and it is left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from continual.errors import Abandoned, Refuse, Retry
+from continual.executors.cluster_figures import FIGURES
+from continual.executors.local import Local
+from continual.executors.ray import OnRay, RayAsked
+from tests.helpers import on_cluster
+from tests.helpers.marking import Mark, MarkJob, tasks
+from tests.helpers.services import until
+
+MACHINES = ["127.0.0.2", "127.0.0.3"]
+
+
+@pytest.fixture(autouse=True)
+def _forgiven() -> Iterator[None]:
+    yield
+    FIGURES.avoided.forgive(on_cluster.address(), MACHINES)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> MarkJob:
+    return MarkJob(secrets.token_hex(8), tmp_path)
+
+
+def on_ray(tries: int = 3, seconds: float | None = None) -> OnRay:
+    asked = RayAsked(on_cluster.address(), tries=tries, workers=4, seconds=seconds)
+    return OnRay(asked, Local(1, 1 << 40), threading.Event())
+
+
+def done(executor: OnRay, job: MarkJob, kind: str, count: int = 8) -> dict[str, Mark]:
+    return dict(executor.map(tasks(job, [f"{kind}-{number}" for number in range(count)])))
+
+
+def bad(job: MarkJob) -> str:
+    return (job.directory / "bad").read_text()
+
+
+def tried(job: MarkJob, *machines: str) -> int:
+    return sum(len(list(job.directory.glob(f"tried-*-{machine}"))) for machine in machines)
+
+
+def avoided() -> dict[str, str]:
+    return {name: one.why for name, one in FIGURES.seen(on_cluster.address()).avoided.items()}
+
+
+def test_what_one_machine_cannot_do_another_does_and_the_first_is_left_alone(
+    job: MarkJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor, before = on_ray(), FIGURES.seen().failed
+    caplog.set_level(logging.INFO, "continual.executors")
+    assert len(done(executor, job, "full")) == 8
+    machine, first = bad(job), tried(job, bad(job))
+    assert tried(job, *MACHINES) == 8 + first
+    assert 1 <= first <= 4, "a machine that fails at once would take all that is left"
+    assert avoided().keys() == {machine}
+    assert f"OSError: [Errno 28] No space left on device (on the machine {machine}): '/scratch/f" in avoided()[machine]
+    assert FIGURES.seen().failed - before == first
+    assert f"the machine {machine} gets no orders for 300 s, and its order that begins with full-" in caplog.text
+    assert f"; {first} order{'s' * (first > 1)} sent to another machine" in caplog.text
+    again = MarkJob("again", job.directory)
+    assert len(done(executor, again, "full", 20)) == 20
+    assert tried(job, machine) == first
+
+
+def test_what_no_machine_can_do_is_said_and_held_against_none(job: MarkJob) -> None:
+    (job.directory / "bad").write_text(" ".join(MACHINES))
+    with pytest.raises(OSError, match=r"No space left on device \(on the machine 127.0.0"):
+        done(on_ray(), job, "full")
+    assert [tried(job, machine) > 0 for machine in MACHINES] == [True, True]
+    assert avoided() == {}
+
+
+def test_a_refusal_is_that_of_every_machine(job: MarkJob) -> None:
+    with pytest.raises(Refuse, match="broken-0 cannot be done"):
+        done(on_ray(), job, "broken", 1)
+    assert avoided() == {}
+
+
+def test_nothing_is_sent_again_where_the_settings_say_so(job: MarkJob) -> None:
+    (job.directory / "bad").write_text(" ".join(MACHINES))
+    with pytest.raises(OSError, match="No space left"):
+        done(on_ray(tries=0), job, "full", 1)
+    assert len(list(job.directory.glob("tried-*"))) == 1
+
+
+def test_a_machine_that_lacks_what_one_work_needs_gets_the_orders_of_others(
+    job: MarkJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(done(on_ray(), job, "apart", 12)) == 12
+    assert 1 <= tried(job, bad(job)) <= 4
+    assert f"the machine {bad(job)} gets no orders of this work: " in caplog.text
+    assert avoided() == {}
+
+
+def test_an_order_whose_worker_dies_on_one_machine_each_time_is_done_by_another(job: MarkJob) -> None:
+    assert len(done(on_ray(tries=1), job, "dies", 12)) == 12
+    assert 1 <= tried(job, bad(job)) < 12
+    assert list(avoided()) in ([], [bad(job)])  # three in a row make it so, and it may not come to that
+    assert all("3 orders in a row were lost there with their workers" in why for why in avoided().values())
+
+
+def test_a_worker_that_stands_still_is_ended_and_its_order_done_elsewhere(
+    job: MarkJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    (job.directory / "wanted").write_text("4")
+    done(on_ray(), job, "together", 4)  # all workers are there, and have loaded torch
+    assert len(done(on_ray(seconds=3.0), job, "stops", 4)) == 4
+    assert avoided()[bad(job)].startswith("it worked on one for more than 3 s, and ray.order_timeout")
+    assert "that order, which begins with stops-" in caplog.text
+
+
+def test_what_stands_still_everywhere_is_given_up_in_words(job: MarkJob) -> None:
+    (job.directory / "bad").write_text(" ".join(MACHINES))
+    with pytest.raises(Retry, match=r"stops-0 lost its worker 2 times \(it worked on one for more than 1 s"):
+        done(on_ray(tries=1, seconds=1.0), job, "stops", 1)
+    assert avoided() == {}
+
+
+def test_which_machine_works_on_what_is_known_at_once(job: MarkJob) -> None:
+    def work() -> None:
+        with contextlib.suppress(Abandoned):
+            list(executor.map(tasks(job, ["after-go"])))
+
+    stopping = threading.Event()
+    executor = OnRay(RayAsked(on_cluster.address()), Local(1, 1 << 40), stopping)
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        until(lambda: any(order.machine for order in FIGURES.seen(on_cluster.address()).out), "no machine works on it")
+        (order,) = FIGURES.seen(on_cluster.address()).out
+        assert order.machine in MACHINES
+        assert order.began is not None
+        assert order.began >= order.since
+    finally:
+        stopping.set()
+        worker.join()
