@@ -116,31 +116,55 @@ def written(directory: Path, reading: Reading) -> Iterator[Path]:
     final = directory.absolute()
     with usable(f"cannot write {directory}"), reading.state.lease(reading.commit.seq):
         clear_leftovers(final.parent, rf"\.{re.escape(final.name)}\.[0-9a-f]+\.tmp")
-        temporary = final.parent / f".{final.name}.{secrets.token_hex(4)}.tmp"
-        temporary.mkdir()
-        try:
-            with marked(temporary):
-                yield temporary
-                publish_dir(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with marked(final.parent, f".{final.name}.", ".tmp") as temporary:
+            yield temporary
+            publish_dir(temporary, final)
 
 
 @contextmanager
-def marked(directory: Path) -> Iterator[bool]:
-    """Holds the flock on a directory that is being written, so that others leave it alone; False where another process
-    has it, or the file system has no locks."""
+def marked(parent: Path, before: str, after: str = "", mode: int = 0o777) -> Iterator[Path]:
+    """A new directory in `parent`, whose name begins and ends so; gone afterwards, where it has that name still. Its
+    flock says that it is being written: `clear_leftovers` leaves it alone. Raises OSError."""
+    while True:
+        directory = parent / f"{before}{secrets.token_hex(4)}{after}"
+        directory.mkdir(mode)
+        try:
+            with suppress(FileNotFoundError):
+                fd = _opened(directory)
+                break
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(fd)
+
+
+def _opened(directory: Path) -> int:
+    """A descriptor with the flock of a new directory. Raises FileNotFoundError where another process took it for what a
+    killed one left, since it was not locked yet."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            locked = False
-        else:
-            locked = True
-        yield locked
-    finally:
+        locked = _locked(fd)  # None: a file system without locks, where nobody removes what is left
+        if locked is False or not os.path.samestat(os.fstat(fd), os.stat(directory)):
+            raise FileNotFoundError
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
+
+
+def _locked(fd: int) -> bool | None:
+    """Takes the flock of an open directory: whether it has it, None where the file system has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def clear_leftovers(parent: Path, names: str) -> None:
@@ -156,9 +180,12 @@ def _clear(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
         return
-    with marked(path) as free:
-        if free:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _locked(fd):
             shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(fd)
 
 
 def fill(

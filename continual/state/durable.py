@@ -259,5 +259,10 @@ def publish_dir(temporary: Path, final: Path) -> None:
     if final.exists() or final.is_symlink():
         raise Misconfigured(f"{final} exists")
     with opened(final.parent) as directory:
-        os.rename(temporary, final)
+        try:
+            os.rename(temporary, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise Misconfigured(f"{final} exists") from None  # another process was first
         sync_open(directory, final.parent)

@@ -226,9 +226,7 @@ def scratch_directory(work: str | Path | None) -> Iterator[Path]:
         with environment("cannot make a scratch directory"):
             parent = Path(tempfile.gettempdir() if work is None else work).absolute()
             folder.clear_leftovers(parent, re.escape(_SCRATCH) + "[a-z0-9_]+")
-            made = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=parent, ignore_cleanup_errors=True)
-            directory = Path(held.enter_context(made))
-            held.enter_context(folder.marked(directory))
+            directory = held.enter_context(folder.marked(parent, _SCRATCH, mode=0o700))
         yield directory
 
 

@@ -123,6 +123,49 @@ def test_a_file_system_without_locks_is_exported_to(
     assert (tmp_path / ".out.0a.tmp").is_dir(), "nobody can tell whether it is being written"
 
 
+def test_a_new_directory_that_another_export_took_for_a_leftover_is_made_again(
+    tmp_path: Path, merge: api.Merge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not locked yet when the other looks."""
+    lock, taken = fcntl.flock, []
+
+    def flock(fd: int, operation: int) -> None:
+        directory = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        if directory.parent == tmp_path and len(taken) < 2:
+            taken.append(directory)
+            directory.rmdir()
+            if len(taken) == 1:  # it is about to remove it
+                raise BlockingIOError
+        lock(fd, operation)
+
+    with merge:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        merge.export(Target(tmp_path / "out"))
+        monkeypatch.undo()
+    assert (tmp_path / "out/continual.json").is_file()
+    assert len(set(taken)) == 2
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_of_two_exports_to_one_place_one_is_told_that_it_is_there(
+    tmp_path: Path, merge: api.Merge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def other_first(source: Path, target: Path) -> None:
+        if target == tmp_path / "out":
+            target.mkdir()
+            (target / "model").touch()
+        rename(source, target)
+
+    with merge:
+        monkeypatch.setattr(os, "rename", other_first)
+        with pytest.raises(Misconfigured, match="out exists"):
+            merge.export(Target(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 def test_an_export_of_another_record_of_the_same_number_is_not_taken_for_it(tmp_path: Path, merge: api.Merge) -> None:
     """A repair, or a backup that was restored, gives a number again."""
     with merge:
