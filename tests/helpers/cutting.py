@@ -13,11 +13,19 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["", "cut", "half", "late", "twice", "again", "lost", "unconditional", "denied"]
+Fault = Literal["", "cut", "half", "late", "twice", "again", "lost", "failed", "busy", "unconditional", "denied"]
 """What becomes of a request. `cut`: it is done, and nothing of the answer comes; `half`: half of it; `late`: it comes
 after a while; `twice`: it comes twice, and then the end; `again`: the request is done twice, and the second answer
-comes; `lost`: nothing is done; `unconditional`: it is done without its condition; `denied`: nothing is
-done, and the answer says that it may not be."""
+comes; `lost`: nothing is done; `failed`: it is done, and the answer says 500; `busy`: nothing is done, and it says 503;
+`unconditional`: it is done without its condition; `denied`: nothing is done, and the answer says that it may not
+be."""
+
+_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_ANSWERS = {
+    "denied": b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+    "failed": b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+    "busy": b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n%s" % (len(_SLOW_DOWN), _SLOW_DOWN),
+}
 
 
 @dataclass
@@ -73,8 +81,8 @@ def _passed(proxy: Cutting, request: bytes, client: socket.socket, server: socke
     proxy.told[fault or "passed"] += 1
     if fault == "lost":
         return False
-    if fault == "denied":
-        client.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+    if fault in ("denied", "busy"):
+        client.sendall(_ANSWERS[fault])
         return True
     if fault == "unconditional":
         head, _, body = request.partition(b"\r\n\r\n")
@@ -90,6 +98,9 @@ def _passed(proxy: Cutting, request: bytes, client: socket.socket, server: socke
         return False
     if fault == "half":
         client.sendall(answer[: len(answer) // 2])
+        return False
+    if fault == "failed":  # the server may be about to close its connection, as its own answer says
+        client.sendall(_ANSWERS[fault])
         return False
     if fault == "late":
         time.sleep(proxy.late)

@@ -85,7 +85,7 @@ def test_a_state_that_was_copied_file_by_file_is_one(at: ObjectPath, tmp_path: P
         np.testing.assert_array_equal(state.read("wide", "sum"), stores.value("wide", 7))
 
 
-@pytest.mark.parametrize("fault", ["cut", "half", "late", "twice", "again", "lost"])
+@pytest.mark.parametrize("fault", ["cut", "half", "late", "twice", "again", "lost", "failed", "busy"])
 def test_an_answer_that_is_lost_loses_and_doubles_nothing(at: ObjectPath, proxy: Cutting, fault: Fault) -> None:
     stores.make(at).close()
     met: list[str] = []
