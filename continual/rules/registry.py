@@ -33,6 +33,7 @@ from continual.rules.scale import ReadOptions
 from continual.rules.ties import TIES
 from continual.rules.tsv_flow import TSV_FLOW
 from continual.rules.tsv_m import TSV_M
+from continual.rules.tsv_u import TSV_U
 from continual.rules.weighted import FRANK_WOLFE, MEAN, TASK_ARITHMETIC
 
 _LIST: tuple[RuleRow[Any], ...] = (
@@ -43,6 +44,7 @@ _LIST: tuple[RuleRow[Any], ...] = (
     MAGMAX,
     ISO_C,
     TSV_M,
+    TSV_U,
     TSV_W,
     ISOTROPIC,
     ESM,

@@ -1,5 +1,5 @@
-"""TSV-M without one of its models, from the Grams of all triplets that stay: what explaining a merge asks for each
-model and layer. Lengths and inner products alone.
+"""TSV-M, on both sides or on one, without one of its models, from the Grams of all triplets that stay: what explaining
+a merge asks for each model and layer. Lengths and inner products alone.
 
 P = A·G^{-1/2} is the polar factor of columns A with the Gram G. Without some of the columns it is that of a submatrix
 of G, whose inverse root is an integral of resolvents (`rules.quadrature`); where Y = (t² + G)⁻¹, the inverse of a
@@ -43,6 +43,19 @@ class _PolarLess(NamedTuple):
 
     own: Tensor | None
     inner: Tensor
+
+
+class _PlainSide:
+    """The chosen c vectors of one side as they are. `own`: their Gram; `inner`: what all K vectors are in them, K×c."""
+
+    def __init__(self, vectors: SideVectors, chosen: Sequence[int]) -> None:
+        self.inner = vectors.gram[:, chosen]
+        self.own: Tensor | None = self.inner[chosen]
+
+    def less(self, gone: Tensor) -> _PolarLess:
+        """Without some of the columns; what stands there for them means nothing."""
+        assert self.own is not None
+        return _PolarLess(self.own, self.own)
 
 
 class _PolarSide:
@@ -90,9 +103,9 @@ class _PolarSide:
         return _PolarLess(rest.mT @ rest, self._factor.mT @ rest)
 
 
-def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
+def without(given: Apart, polars: tuple[Polar, Polar | None], choose: Choose) -> LeftOut:
     """X, and of X without each model the square of its length, and its inner product with X; None where more triplets
-    of the others stay without it."""
+    of the others stay without it. `polars`: of the left side and the right one; None: its columns stay as they are."""
     owner = [0] * len(given.sigma)
     for index, where in given.rows.items():
         owner[where] = [index + 1] * (where.stop - where.start)
@@ -103,7 +116,8 @@ def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
     if given.times is not None:
         each = [given.times[owner[column] - 1] for column in chosen]
         sigma = sigma * torch.tensor(each, dtype=sigma.dtype, device=sigma.device)
-    left, right = _PolarSide(given.left, chosen, polar), _PolarSide(given.right, chosen, polar)
+    left = _PolarSide(given.left, chosen, polars[0])
+    right = _PolarSide(given.right, chosen, polars[1]) if polars[1] else _PlainSide(given.right, chosen)
     whole = WholeRead(_square(sigma, left, right), ((left.inner * sigma) * right.inner).sum(1))
     rests: list[Without | None] = [None] * len(given.weights)
     places: dict[int, list[int]] = {}
@@ -126,7 +140,7 @@ def without(given: Apart, polar: Polar, choose: Choose) -> LeftOut:
     return LeftOut(whole, rests)
 
 
-def _square(kept: Tensor, *sides: _PolarSide | _PolarLess) -> float:
+def _square(kept: Tensor, *sides: _PolarSide | _PlainSide | _PolarLess) -> float:
     """‖PΣQᵀ‖², of two sides; the unit matrix of one keeps the diagonal of the other alone."""
     own = [side.own for side in sides if side.own is not None]
     if len(own) == 2:
@@ -135,9 +149,11 @@ def _square(kept: Tensor, *sides: _PolarSide | _PolarLess) -> float:
     return float((square * own[0].diagonal() if own else square).sum())
 
 
-def _without(left: _PolarSide, right: _PolarSide, sigma: Tensor, kept: Tensor, gone: Tensor) -> list[Without]:
+def _without(
+    left: _PolarSide, right: _PolarSide | _PlainSide, sigma: Tensor, kept: Tensor, gone: Tensor
+) -> list[Without]:
     """Of X = PΣQᵀ and each X₋ = P₋Σ₋Q₋ᵀ. `kept`: the diagonal of Σ₋, a row each time."""
-    if not (left.quick and right.quick):
+    if isinstance(right, _PlainSide) or not (left.quick and right.quick):
         found = []
         for rest, where in zip(kept, gone, strict=True):
             near, far = left.less(where), right.less(where)

@@ -165,7 +165,7 @@ def merged(given: Triplets, totals: Totals) -> Tensor:
     owner, u, sigma, v, _ = staying(given, totals)
     if not owner:
         return u.new_zeros(len(u), len(v))
-    (core, mild), (after, other_mild) = _root(u), _root(v)
+    (core, mild), (after, other_mild) = root(u), root(v)
     core = core * sigma.double() @ after
     del after  # what follows is large itself
     rows, short, single = (u, v, mild) if len(u) >= len(v) else (v, u, other_mild)
@@ -178,7 +178,7 @@ def merged(given: Triplets, totals: Totals) -> Tensor:
     return found
 
 
-def _root(columns: Tensor) -> tuple[Tensor, bool]:
+def root(columns: Tensor) -> tuple[Tensor, bool]:
     """(CᵀC)^{-1/2} of an m×r matrix C over its directions that are not null, r×r float64, and whether a product of C
     with it may be made in float32."""
     sigma, v = linalg.right_singular(columns, linalg.NULL)
@@ -206,9 +206,14 @@ def of_several(make: Callable[[Triplets], tuple[Tensor, Tensor]]) -> Factors:
 
 def without(given: Apart) -> LeftOut:
     """X without each of the models."""
-    p, given = min(given.sides), given.weighed()
-    sigma = given.sigma.tolist()
-    return tsv_less.without(given, polar, lambda owner, count: choose(owner, sigma, max(1, int(count)), p))
+    given = given.weighed()
+    return tsv_less.without(given, (polar, polar), choosing(given))
+
+
+def choosing(given: Apart) -> tsv_less.Choose:
+    """Which of its triplets stay."""
+    p, sigma = min(given.sides), given.sigma.tolist()
+    return lambda owner, count: choose(owner, sigma, max(1, int(count)), p)
 
 
 def slots(m: int, n: int) -> dict[str, SlotSpec]:

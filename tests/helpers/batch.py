@@ -178,6 +178,10 @@ def tsv_m(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, triplets.tsv)
 
 
+def tsv_u(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return _spectral(models, matrices, triplets.tsv_of_outputs)
+
+
 def tsv_w(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, lambda taus: triplets.weighed_tsv(taus, own=True))
 
@@ -220,6 +224,10 @@ def _summed(folded: Sequence[Tensor]) -> list[Tensor]:
 def _triplets(folded: Sequence[Tensor]) -> list[Tensor]:
     parts = [triplets.leading(tau.double().flatten(1), len(folded)) for tau in folded]
     return [torch.cat([u for u, _, _ in parts], 1), torch.cat([vh for _, _, vh in parts])] if parts else []
+
+
+def _left_triplets(folded: Sequence[Tensor]) -> list[Tensor]:
+    return _triplets(folded)[:1]
 
 
 def _flat_triplets(folded: Sequence[Tensor]) -> list[Tensor]:
@@ -291,6 +299,7 @@ BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
     "magmax": magmax,
     "iso-c": iso_c,
     "tsv-m": tsv_m,
+    "tsv-u": tsv_u,
     "tsv-w": tsv_w,
     "isotropic": isotropic,
     "esm": esm,
@@ -305,6 +314,7 @@ BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
 POLAR: Mapping[str, Callable[[Sequence[Tensor]], list[Tensor]]] = {
     "iso-c": _summed,
     "tsv-m": _triplets,
+    "tsv-u": _left_triplets,
     "tsv-w": _triplets,
     "isotropic": _flat_triplets,
     "esm": _triplets,

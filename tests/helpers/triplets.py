@@ -44,6 +44,16 @@ def tsv(taus: list[Tensor], weights: Sequence[float] = ()) -> Tensor:
     return polar(torch.cat(us, 1)) @ torch.diag(torch.cat(sigmas)) @ polar(torch.cat(vhs).mT).mT
 
 
+def tsv_of_outputs(taus: list[Tensor], weights: Sequence[float] = ()) -> Tensor:
+    """PΣVᵀ: P alone is a polar factor."""
+    us, sigmas, vhs = zip(*(leading(tau, len(taus)) for tau in taus), strict=True)
+    if not any(len(sigma) for sigma in sigmas):
+        return torch.zeros_like(taus[0])
+    weights = weights or [1.0] * len(taus)
+    sigma = torch.cat([weight * one for weight, one in zip(weights, sigmas, strict=True)])
+    return polar(torch.cat(us, 1)) @ torch.diag(sigma) @ torch.cat(vhs)
+
+
 def weighed_tsv(taus: list[Tensor], weights: Sequence[float] = (), *, own: bool, power: float = 3.0) -> Tensor:
     """PΣQᵀ, or σ̄·PQᵀ, of a polar factor Q of V with its columns times σ^power, 1e-3 of the largest at least."""
     weights = weights or [1.0] * len(taus)
@@ -168,6 +178,7 @@ def flow_of_triplets(taus: list[Tensor], weights: Sequence[float] = ()) -> Tenso
 
 WEIGHTED: Mapping[str, Callable[[list[Tensor], Sequence[float]], Tensor]] = {
     "tsv-m": tsv,
+    "tsv-u": tsv_of_outputs,
     "tsv-w": lambda taus, weights: weighed_tsv(taus, weights, own=True),
     "esm": lambda taus, weights: weighed_tsv(taus, weights, own=False),
     "dc": dc,

@@ -71,12 +71,12 @@ def test_differences_are_paired(table: figures.Table) -> None:
 def test_adapters_of_digits_share_a_frozen_first_factor_where_their_form_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digits, "STEPS", {"lora": 2, "shared": 2})
+    monkeypatch.setattr(digits, "STEPS", {"lora": 2, "shared": 2, "seeded": 2})
     digits.save(Model().state_dict(), tmp_path / "base")  # nobody is asked, so it has learned nothing
     suite = Digits(tmp_path)
     found = {
         (form, task): load_file(fine_tune(suite, task, form) / "adapter_model.safetensors")
-        for form in ("lora", "shared")
+        for form in ("lora", "shared", "seeded")
         for task in suite.tasks[:2]
     }
     names = [name for name in found["lora", suite.tasks[0]] if "lora_A" in name]
@@ -84,8 +84,10 @@ def test_adapters_of_digits_share_a_frozen_first_factor_where_their_form_says_so
     assert names
     assert all(torch.equal(one[name], other[name]) for name in names)
     assert not any(torch.equal(one[name], other[name]) for name in one if name not in names), "both learned"
-    one, other = (found["lora", task] for task in suite.tasks[:2])
-    assert not any(torch.equal(one[name], other[name]) for name in names)
+    for form, near in (("lora", False), ("seeded", True)):
+        one, other = (found[form, task] for task in suite.tasks[:2])
+        assert not any(torch.equal(one[name], other[name]) for name in names)
+        assert all(torch.allclose(one[name], other[name], atol=0.02) is near for name in names), "they began alike"
 
 
 def test_results_are_not_made_twice_and_survive_a_restart(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def main() -> None:
         help="of training of a fine-tune of text (default: 200, 150 of an adapter) and vision (100)",
     )
     parser.add_argument("--suite", choices=SUITES, action="append", help="default: text and digits")
-    parser.add_argument("--form", choices=(*FORMS, "shared"), action="append", help="default: full and lora")
+    parser.add_argument("--form", choices=(*FORMS, "shared", "seeded"), action="append", help="default: full and lora")
     parser.add_argument(
         "--kept", action="store_true", help="fold LoRA adapters into one state of adapters, which every rule reads"
     )

@@ -15,6 +15,7 @@ FORMS = {
     "full": "Full fine-tunes",
     "lora": "LoRA adapters",
     "shared": "LoRA adapters that share their first factors",
+    "seeded": "LoRA adapters whose first factors began alike",
 }
 
 PROMISED = "What is promised, cell by cell"

@@ -15,11 +15,12 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-Form = Literal["full", "lora", "shared", "shuffled"]
+Form = Literal["full", "lora", "shared", "seeded", "shuffled"]
 Part = Literal["validation", "test"]
 FORMS: tuple[Form, ...] = ("full", "lora")
 """What the quality benchmark merges unless told otherwise. `shared`: LoRA whose first factor is one and the same in all
-adapters. `shuffled`: a full fine-tune on the same rows with their labels permuted, which learned noise."""
+adapters. `seeded`: LoRA whose first factors began as one and the same, as trainers with a fixed seed make them, and
+were trained. `shuffled`: a full fine-tune on the same rows with their labels permuted, which learned noise."""
 
 
 class Suite(Protocol):
