@@ -16,14 +16,16 @@ import numpy as np
 from continual.blocks import CHUNK, decomposing
 from continual.engine.blocks import block_of, free_numbers, projection_of, put
 from continual.engine.outcomes import FoldReport, OpenCandidate
+from continual.engine.parts_of_repo import PartsOfRepo, PieceReads, parts_read
 from continual.engine.report import mapped, seconds_of
 from continual.engine.resources import AwayPlace, Resources, Workplace
 from continual.engine.sent import SentSources, Sources
 from continual.errors import Retry
 from continual.executors.contract import Progress, Task
 from continual.executors.device import pick_device
-from continual.executors.orders import WorkJob, WorkPiece, at_hand
+from continual.executors.orders import WorkJob, at_hand
 from continual.gates import Gates, TensorNumbers
+from continual.hub.marks import FilesRead
 from continual.records import TensorSpec, Totals
 from continual.rules import Sums, settle
 from continual.state import State, Transaction
@@ -39,7 +41,7 @@ from continual.tensors.vectors.thin import sides_of
 class _Tensor(NamedTuple):
     """What folding one tensor gave: the digest of what its task vector was made from, ‖τ‖², what the cut took of it and
     of others, whether it was read as thin factors, bytes read, wall time by stage, and the projection of its task
-    vector, for the sketch. `written` is as a `TensorFold` has it."""
+    vector, for the sketch. `written` and `read` are as a `TensorFold` has them."""
 
     digest: bytes
     energy: float
@@ -50,6 +52,7 @@ class _Tensor(NamedTuple):
     seconds: dict[str, float]
     projection: Floats
     written: Written | None = None
+    read: FilesRead | None = None
 
 
 class BlockTerms(NamedTuple):
@@ -71,10 +74,6 @@ class BlockJob(WorkJob[_Tensor]):
     gates: Gates
     device: str
     handed: Handed | None
-
-    @property
-    def travels(self) -> bool:
-        return self.sources.travel
 
     def open(self) -> AwayBlocks:
         """Opens the adapter, and the base where it is read."""
@@ -147,9 +146,11 @@ class AwayBlocks:
     def work(self, names: Sequence[str]) -> list[_Tensor]:
         """Folds tensors into an attempt of its own, which is on disk when it returns. Raises Refuse, Retry, Halt."""
         attempt, found = Attempt(self._handed, self._before), []
+        self._vectors.begin(names)
         folding = BlockFolding(attempt, self._vectors, self._sources.base, self._job.terms, self._at)
         for name in names:
             found.append(folding.fold(name)._replace(written=attempt.taken()))
+        found[-1] = found[-1]._replace(read=parts_read(self._sources.model.place))
         attempt.sync()
         return found
 
@@ -185,19 +186,23 @@ class BlockOrders:
         mine = sorted((s for s in specs if s.name in changed), key=lambda s: vectors.position(s.name))
         handed = self._transaction.hand_out() if executor.elsewhere else None
         device = self._resources.device_elsewhere
-        job = BlockJob(secrets.token_hex(8), sources.sent(), terms, self._gates, device, handed)
+        parts = _shared(sources, vectors, mine)
+        if executor.elsewhere:
+            parts.begin(executor.workers)
+        job = BlockJob(secrets.token_hex(8), sources.sent(whole=parts.whole), terms, self._gates, device, handed)
         folding = BlockFolding(self._transaction, vectors, self._base, terms, (self._gates, self._resources))
         found: dict[str, _Tensor] = {}
         progress("fold", 0, len(mine))
-        tasks = [
-            Task(s.name, need(vectors, s, width), WorkPiece(job, s.name), reads=vectors.nbytes(s.name)) for s in mine
-        ]
+        tasks: list[Task[_Tensor]] = []
+        for spec in mine:
+            piece = parts.piece(job, spec.name)
+            tasks.append(Task(spec.name, need(vectors, spec, width), piece, reads=vectors.nbytes(spec.name)))
         with at_hand(job, folding):
-            for name, tensor in executor.map(tasks):
+            for name, tensor in parts.map(executor, tasks):
                 if tensor.written is not None:
                     self._transaction.take_over(tensor.written)
                 found[name] = tensor
-                progress("fold", len(found), len(tasks))
+                progress("fold", len(found), len(mine))
         if lacking := {spec.name for spec in mine} - found.keys():
             raise Retry(f"{terms.name}: {min(lacking)} was not folded; nothing was settled")
         for spec in specs:
@@ -253,6 +258,13 @@ def _vectors(sources: Sources) -> LayerVectors:
     found = LayerVectors(sources.base, sources.model, sources.lineage, sources.weights)
     found.begin()
     return found
+
+
+def _shared(sources: Sources, vectors: LayerVectors, specs: Sequence[TensorSpec]) -> PartsOfRepo:
+    """The adapter as several processes read it."""
+    weights = [file.name for file in sources.model.files if file.name.endswith(".safetensors")]
+    pieces = {spec.name: PieceReads(vectors.extents(spec.name), vectors.nbytes(spec.name)) for spec in specs}
+    return PartsOfRepo(sources.model.place, weights, pieces, full=False)
 
 
 def need(vectors: LayerVectors, spec: TensorSpec, width: int) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from continual.engine import passes
 from continual.engine.folding import Counted, Folding, TensorFold, Terms
 from continual.engine.needs import need
+from continual.engine.parts_of_repo import PartsOfRepo, PieceReads, WithRead, parts_read
 from continual.engine.resources import AwayPlace, Resources
 from continual.engine.sent import SentSources, Sources
 from continual.errors import Retry
@@ -22,15 +23,16 @@ from continual.executors.contract import Progress, Task
 from continual.executors.device import pick_device
 from continual.executors.orders import WorkJob, WorkPiece, at_hand
 from continual.gates import Gates
+from continual.hub.marks import FilesRead
 from continual.records import TensorSpec, Totals
 from continual.rules import Counts, Pass, rule_of
 from continual.state import Transaction
 from continual.state.attempts import Attempt, Handed
-from continual.tensors import TaskVectors
+from continual.tensors import Checkpoint, TaskVectors
 from continual.tensors.vectors.sketch import SketchPlan
 from continual.tensors.vectors.vectors import RUN
 
-R = TypeVar("R")
+R = TypeVar("R", bound=WithRead)
 
 
 class SentTerms(NamedTuple):
@@ -44,8 +46,15 @@ class SentTerms(NamedTuple):
     device: str
 
 
+class Tallied(NamedTuple):
+    """What a pass counted in a tensor, and what another process read of a candidate on the Hub until then."""
+
+    counts: Counts
+    read: FilesRead | None = None
+
+
 @dataclass(frozen=True)
-class PassJob(WorkJob[Counts]):
+class PassJob(WorkJob[Tallied]):
     """A pass over tensors: which each of them has. `added`: only the sum of all counts is asked for, so an order adds
     its own, and the first of its pieces has them."""
 
@@ -54,10 +63,6 @@ class PassJob(WorkJob[Counts]):
     counted: Counted
     passes: Mapping[str, Pass]
     added: bool
-
-    @property
-    def travels(self) -> bool:
-        return self.sources.travel
 
     def open(self) -> AwayPasses:
         return AwayPasses(self)
@@ -72,10 +77,6 @@ class FoldJob(WorkJob[TensorFold]):
     counted: Counted
     handed: Handed | None
 
-    @property
-    def travels(self) -> bool:
-        return self.sources.travel
-
     def open(self) -> AwayFolding:
         return AwayFolding(self)
 
@@ -86,9 +87,9 @@ class PassBench:
     def __init__(self, folding: Folding, work: Mapping[str, Pass]) -> None:
         self._folding, self._passes = folding, work
 
-    def work(self, names: Sequence[str]) -> list[Counts]:
+    def work(self, names: Sequence[str]) -> list[Tallied]:
         """What the passes count. Raises Refuse, Retry, Abandoned."""
-        return [self._folding.counts(name, self._passes[name]) for name in names]
+        return [Tallied(self._folding.counts(name, self._passes[name])) for name in names]
 
     def close(self) -> None:
         """Nothing: who opened the files closes them."""
@@ -105,6 +106,10 @@ class _Opened:
         self.folding = Folding(self.vectors, made, terms.gates, workplace)
         self.folding.counted = counted
 
+    def parts_read(self) -> FilesRead | None:
+        """As `parts_of_repo.parts_read`."""
+        return parts_read(self.sources.model.place)
+
 
 class AwayPasses:
     """Counts in tensors for another process."""
@@ -113,16 +118,19 @@ class AwayPasses:
         self._opened, self._added = _Opened(job.sources, job.terms, job.counted), job.added
         self._bench = PassBench(self._opened.folding, job.passes)
 
-    def work(self, names: Sequence[str]) -> list[Counts]:
+    def work(self, names: Sequence[str]) -> list[Tallied]:
         """As `PassBench.work`."""
         self._opened.vectors.begin(names)
-        if not self._added:
-            return self._bench.work(names)
-        counts = self._bench.work(names[:1])
+        counts = [one.counts for one in self._bench.work(names)] if not self._added else self._summed(names)
+        found = [Tallied(one) for one in counts]
+        found[-1] = found[-1]._replace(read=self._opened.parts_read())
+        return found
+
+    def _summed(self, names: Sequence[str]) -> list[Counts]:
+        counts = self._bench.work(names[:1])[0].counts
         for name in names[1:]:
-            counts[0] += self._bench.work([name])[0]
-            counts.append(np.zeros(1, np.int64))
-        return counts
+            counts += self._bench.work([name])[0].counts
+        return [counts, *(np.zeros(1, np.int64) for _ in names[1:])]
 
     def close(self) -> None:
         """Closes the files."""
@@ -147,6 +155,7 @@ class AwayFolding:
                 if vectors.has(following):
                     vectors.prefetch(following)
             found.append(folding.fold(name)._replace(written=attempt.taken()))
+        found[-1] = found[-1]._replace(read=self._opened.parts_read())
         attempt.sync()
         return found
 
@@ -179,11 +188,14 @@ class FoldOrders:
         Tensors that the candidate leaves as they are come first: there is nothing to read where ‖X‖² of them is known.
         """
         ordered = sorted(specs, key=lambda spec: self.vectors.position(spec.name))
+        self._parts = self._shared(ordered)
+        if self._executor.elsewhere:
+            self._parts.begin(self._executor.workers)
         self._measure(ordered, progress)
         self.vectors.begin()
         found: dict[str, TensorFold] = {}
         handed = self._transaction.hand_out() if self._executor.elsewhere else None
-        job = FoldJob(secrets.token_hex(8), *self._sent(), handed)
+        job = FoldJob(secrets.token_hex(8), *self._sent(self._parts.whole), handed)
         tasks: list[Task[TensorFold]] = []
         progress("fold", 0, len(specs))
         for spec in ordered:
@@ -194,7 +206,7 @@ class FoldOrders:
             else:
                 tasks.append(Task(spec.name, need(self._rule, spec, None), WorkPiece(job, spec.name)))
         with at_hand(job, self._folding):
-            for name, tensor in self._executor.map(tasks):
+            for name, tensor in self._parts.map(self._executor, tasks):
                 if tensor.written is not None:
                     self._transaction.take_over(tensor.written)
                 found[name] = tensor
@@ -222,21 +234,30 @@ class FoldOrders:
         self.vectors.begin()
         job = PassJob(secrets.token_hex(8), *self._sent(), work, added)
         tasks = [
-            self._task(job, self.vectors.spec(name), passes.pass_need(self.vectors, name), each.share)
+            self._task(job, self.vectors.spec(name), passes.pass_need(self.vectors, name), each.share, once=False)
             for name, each in work.items()
         ]
         with at_hand(job, PassBench(self._folding, work)):
-            yield from self._executor.map(tasks)
+            yield from ((name, one.counts) for name, one in self._parts.map(self._executor, tasks, once=False))
 
-    def _task(self, job: WorkJob[R], spec: TensorSpec, takes: int, share: float = 1.0) -> Task[R]:
+    def _task(self, job: WorkJob[R], spec: TensorSpec, takes: int, share: float = 1.0, *, once: bool = True) -> Task[R]:
         """The work of one tensor that the candidate has."""
         prefetch = partial(self.vectors.prefetch, spec.name) if share == 1.0 else None
-        return Task(spec.name, takes, WorkPiece(job, spec.name), prefetch, int(2 * share * spec.nbytes))
+        piece = self._parts.piece(job, spec.name, once=once)
+        return Task(spec.name, takes, piece, prefetch, int(2 * share * spec.nbytes))
 
-    def _sent(self) -> tuple[SentSources, SentTerms, Counted]:
+    def _shared(self, specs: Sequence[TensorSpec]) -> PartsOfRepo:
+        """The candidate as several processes read it."""
+        sources, vectors = self._sources, self.vectors
+        files = [*sources.model.files, *(sources.shipped.files if sources.shipped is not None else ())]
+        pieces = {s.name: PieceReads(vectors.extents(s.name), 2 * s.nbytes) for s in specs if vectors.has(s.name)}
+        weights = [file.name for file in files if file.name.endswith(".safetensors")]
+        return PartsOfRepo(sources.model.place, weights, pieces, full=isinstance(sources.model, Checkpoint))
+
+    def _sent(self, whole: frozenset[str] = frozenset()) -> tuple[SentSources, SentTerms, Counted]:
         terms = self._terms
         return (
-            self._sources.sent(self._rule.needs.shipped),
+            self._sources.sent(self._rule.needs.shipped, whole),
             SentTerms(
                 terms.name, terms.totals, terms.weight, terms.plan, self._gates, self._resources.device_elsewhere
             ),

@@ -25,6 +25,7 @@ from continual.engine.untouched import Ahead, square_of
 from continual.executors.device import turn
 from continual.executors.memory import Memory
 from continual.gates import Gates, TensorNumbers
+from continual.hub.marks import FilesRead
 from continual.lazily import torch
 from continual.records import SlotSpec, TensorSpec, Totals
 from continual.rules import Counts, Folded, Inputs, Pass, Rule, Sums, first_of, last_out
@@ -44,7 +45,8 @@ class TensorFold(NamedTuple):
     `rule`, `write` of the state (and reading what it was). `rank`: the sum of the ranks in the tensor after it, where
     the rule goes by that and it is known. `picture`: of the task vector; None of one that is zero. `written`: what
     another process wrote of it into the transaction, which has to take that; None where it was written there.
-    `before_sq`: ‖X‖² before it, where that is known.
+    `before_sq`: ‖X‖² before it, where that is known. `read`: what another process read of a candidate on the Hub, for
+    this tensor and those before it.
     """
 
     digest: bytes
@@ -56,6 +58,7 @@ class TensorFold(NamedTuple):
     picture: Picture | None = None
     written: Written | None = None
     before_sq: float | None = None
+    read: FilesRead | None = None
 
 
 class Terms(NamedTuple):

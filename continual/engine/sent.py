@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from continual.engine.base import as_recorded, kept_headers
 from continual.errors import Refuse, Retry
+from continual.hub.repo import Repo
 from continual.records import FileStat, Lineage
 from continual.state.format import Format
-from continual.tensors import BaseModel, Checkpoint, Folder, Model, Place, open_model, open_shipped
+from continual.tensors import BaseModel, Checkpoint, Model, Place, open_model, open_shipped
 from continual.tensors.bases.kept import is_kept
 
 
@@ -26,12 +27,13 @@ class Sources(NamedTuple):
     shipped: Checkpoint | None = None
     weights: BaseModel | None = None
 
-    def sent(self, shipped: str | None = None) -> SentSources:
-        """The same as plain data; `shipped` is the name of the file that ships values."""
+    def sent(self, shipped: str | None = None, whole: frozenset[str] = frozenset()) -> SentSources:
+        """The same as plain data; `shipped` is the name of the file that ships values, `whole` as `SentFiles` has
+        it."""
         return SentSources(
             self.form,
             SentBase.of(self.base),
-            SentFiles(self.model.place, tuple(self.model.files)),
+            SentFiles(self.model.place, tuple(self.model.files), whole),
             self.lineage,
             shipped if self.shipped is not None else None,
             None if self.weights is None else SentBase.of(self.weights),
@@ -46,10 +48,12 @@ class Sources(NamedTuple):
 
 
 class SentFiles(NamedTuple):
-    """A model: its place, and its files as the process that sends it sees them."""
+    """A model: its place, and its files as the process that sends it sees them. `whole`: those on the Hub that come in
+    one order each."""
 
     place: Place
     files: tuple[FileStat, ...]
+    whole: frozenset[str] = frozenset()
 
     def same(self, seen: Sequence[FileStat]) -> None:
         """Raises Retry naming a file that this process sees with another size or time. Inodes may differ: machines
@@ -73,11 +77,6 @@ class SentBase(NamedTuple):
         """Of an open base."""
         return cls(None if is_kept(base) else SentFiles(base.checkpoint.place, tuple(base.checkpoint.files)))
 
-    @property
-    def travels(self) -> bool:
-        """Whether another process can open it: a repo that is read from the Hub as it is needed is this process's."""
-        return self.files is None or isinstance(self.files.place, Folder)
-
     def open(self, form: Format) -> BaseModel:
         """Opens it. Raises Misconfigured, Damaged, Retry."""
         if self.files is None:
@@ -97,12 +96,6 @@ class SentSources(NamedTuple):
     shipped: str | None
     weights: SentBase | None
 
-    @property
-    def travel(self) -> bool:
-        """Whether another process can open all of it."""
-        bases = self.base, *([] if self.weights is None else [self.weights])
-        return isinstance(self.model.place, Folder) and all(base.travels for base in bases)
-
     def open(self) -> Sources:
         """Opens all of it. Raises Retry, Misconfigured, Damaged: whether the candidate is let in was asked where the
         fold began, and what is refused here is what this machine sees of its files or of the base's."""
@@ -115,6 +108,8 @@ class SentSources(NamedTuple):
         with ExitStack() as failed:
             base = self.base.open(self.form)
             failed.callback(base.checkpoint.close)
+            if isinstance(self.model.place, Repo):
+                self.model.place.whole = self.model.whole
             model = open_model(self.model.place)
             failed.callback(model.close)
             self.model.same(model.files)

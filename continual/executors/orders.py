@@ -42,12 +42,6 @@ class WorkJob(ABC, Generic[R]):
 
     id: str
 
-    @property
-    def travels(self) -> bool:
-        """Whether another process can open it. Pieces of one that does not are done by the process that made it, which
-        has it at hand."""
-        return True
-
     @abstractmethod
     def open(self) -> Bench[R]:
         """Opens all of it in a process that has nothing of it yet. Raises Refuse, Retry, Halt."""
@@ -92,8 +86,8 @@ def groups(tasks: Sequence[Task[R]], most: int) -> Iterator[list[Task[R]]]:
 
 
 def order_of(group: Sequence[Task[R]]) -> WorkOrder[R] | None:
-    """The order for tasks that `groups` put together; None where they are no pieces of a job that travels."""
-    pieces = [task.run for task in group if isinstance(task.run, WorkPiece) and task.run.job.travels]
+    """The order for tasks that `groups` put together; None where they are no pieces of a job."""
+    pieces = [task.run for task in group if isinstance(task.run, WorkPiece)]
     return WorkOrder(pieces[0].job, tuple(piece.name for piece in pieces)) if pieces else None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -83,20 +83,22 @@ class Order:
     """The hashes of the files of one repo. It is called under its owner's lock, except `hash_next`, which has one for
     each file."""
 
-    def __init__(self, files: Sequence[RemoteFile], where: str) -> None:
-        """`where` names the repo and its commit in messages."""
-        self.hashes = [Hashing(file) if is_known(file) else None for file in files]
+    def __init__(self, files: Sequence[RemoteFile], where: str, hashed: Collection[str] | None = None) -> None:
+        """`where` names the repo and its commit in messages; `hashed` the files to be hashed, where not all are."""
+        self.hashes = [
+            Hashing(file) if is_known(file) and (hashed is None or file.name in hashed) else None for file in files
+        ]
         self.locks = [threading.Lock() for _ in files]
         self._files, self._where = files, where
         self._next = [0] * len(files)
         self._end = [0] * len(files)
-        self._apart: dict[tuple[int, int, int], bytes] = {}
+        self.apart: dict[tuple[int, int, int], bytes] = {}
 
     def read_apart(self, file: int, offset: int, data: memoryview) -> None:
         """Hears of bytes that were read outside all chunks, such as a header. Raises Trouble if they were others
         before."""
         mark = blake3(data).digest()
-        if self._apart.setdefault((file, offset, len(data)), mark) != mark:
+        if self.apart.setdefault((file, offset, len(data)), mark) != mark:
             raise self._damaged(file)
         hashing = self.hashes[file]
         if hashing is not None and offset == hashing.at and self._next[file] == self._end[file]:

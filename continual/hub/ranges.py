@@ -32,6 +32,10 @@ PATIENCE = 5.0
 """Seconds that such a reader is waited for, before the chunk is fetched for the hash alone."""
 
 
+Span = tuple[str, int, int]
+"""The name of a file, the first byte, and one past the last."""
+
+
 class Ranges(Chunked):
     """Files of one repo at one commit. Thread-safe. The caller closes it. `stats` have sizes only: a commit does not
     change. `extra`: bytes that were fetched for the hash alone."""
@@ -45,6 +49,11 @@ class Ranges(Chunked):
         self._held = [0] * len(files)
         self._at: dict[int, int] = {}
         self._taken = False
+
+    @property
+    def apart(self) -> dict[Span, bytes]:
+        """The BLAKE3 hashes of what was read beside tensors that were expected, such as headers."""
+        return {(self._files[file].name, at, at + n): mark for (file, at, n), mark in self._order.apart.items()}
 
     def expect(self, extents: Sequence[tuple[int, int, int]]) -> None:
         """Hears which extents will be read, in this order. Raises as `check_unchanged` where others were read before,

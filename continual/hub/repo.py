@@ -2,14 +2,15 @@
 through the client's cache.
 
 The Hub is asked for the commit once. Whatever happens to the repo afterwards, every byte is of that commit, or the
-candidate is refused.
+candidate is refused. A process to which a repo was sent reads the same commit, and asks for nothing that was asked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,6 +18,8 @@ from typing import Literal, NamedTuple
 from continual.errors import Refuse, Skip
 from continual.hub.answers import Info, RemoteFile
 from continual.hub.client import Hub
+from continual.hub.elsewhere import hub_of_worker, without_login
+from continual.hub.marks import FilesRead, PartReader, read_through
 from continual.hub.names import is_sha
 from continual.hub.proof import is_known, same
 from continual.hub.ranges import Ranges
@@ -55,10 +58,30 @@ class Access(NamedTuple):
 STREAMED = Access()
 
 
+class SentRepo(NamedTuple):
+    """A repo for another process: the endpoint without a login, what the Hub said of it, who saw it, how it is read,
+    its small files and the beginnings of others, as far as they were read."""
+
+    endpoint: str
+    info: Info
+    source: str
+    read: Literal["stream", "cache"]
+    small: dict[str, bytes]
+    heads: dict[str, bytes]
+
+    def arrived(self) -> Repo:
+        """It, in that process, which has a login of its own. Raises Misconfigured."""
+        access = Access(self.read, workers=1)
+        found = Repo(hub_of_worker(self.endpoint), self.info.id, self.info.sha, source=self.source, access=access)
+        found.take_over(self)
+        return found
+
+
 class Repo:
     """A model repo. It is lazy: the Hub is asked when the first answer is needed.
 
     `revision` is a commit, a branch or a tag; a branch or tag is resolved to its commit once. None: the newest commit.
+    `whole`: the weight files that this process reads all of, where several read of them (`parts_read`).
     """
 
     only = None
@@ -75,6 +98,47 @@ class Repo:
         self._info: Info | None = None
         self._small: dict[str, bytes] = {}
         self._lock = threading.Lock()
+        self._opened = weakref.WeakSet[Ranges]()
+        self._heads: dict[str, bytes] | None = None
+        self.whole: Collection[str] = ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        heads = {name: head for opened in self._opened for name, head in opened.heads.items()}
+        sent = SentRepo(without_login(self.hub.endpoint), self.info, self.source, self._access.read, self._small, heads)
+        return SentRepo.arrived, (sent,)
+
+    def take_over(self, sent: SentRepo) -> None:
+        """Becomes what another process has sent."""
+        self._info, self._small, self._heads = sent.info, sent.small, sent.heads
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether its weights are read by ranges. Else no byte is used of a file whose hash was not compared."""
+        return self._access.read == "stream"
+
+    def parts_read(self) -> FilesRead | None:
+        """What was read of it by this process since it was asked last, where the repo was sent to it; None where this
+        process compares by itself. Raises as `Weights.check_unchanged`."""
+        if self._heads is None:
+            return None
+        found = [opened.take() for opened in self._opened if isinstance(opened, PartReader)]
+        marks = {span: mark for one in found for span, mark in one.marks.items()}
+        return FilesRead(marks, frozenset().union(*(one.proved for one in found)))
+
+    def headers_read(self) -> FilesRead:
+        """The headers that were read of it."""
+        apart = (span for opened in self._opened for span in opened.apart.items())
+        return FilesRead({span: mark for span, mark in apart if span[1] in (0, 8)}, frozenset())
+
+    def read_through(self, name: str, extents: Sequence[tuple[int, int]]) -> FilesRead:
+        """Reads a weight file from end to end, as `marks.read_through` says. Raises Refuse and Trouble."""
+        return read_through(self.hub, self.name, self.info.sha, self._file(name), extents)
+
+    def must_be_readable(self, name: str) -> None:
+        """Raises Refuse (`gone`, `gated`) or Trouble where the commit, or the first byte of a file, cannot be had."""
+        file = self._file(name)
+        self.hub.info(self.name, self.info.sha)  # a link that was got before may still do
+        self.hub.fetch(self.name, self.info.sha, file, 0, memoryview(bytearray(min(1, file.size))))
 
     @property
     def info(self) -> Info:
@@ -169,9 +233,17 @@ class Repo:
         """Opens files for reading: by ranges, or through the cache where `Access.read` says so and there are weights
         among them. Raises Refuse (`no-file`) and Trouble."""
         files = [self._file(name) for name in names]
-        ranges = Ranges(self.hub, self.name, self.info.sha, files, self._access.workers)
+        ranges = self._ranges(files)
         cached = self._access.read == "cache" and any(name.endswith(".safetensors") for name in names)
         return Cached(ranges, self.hub, self.name, self.info.sha, files) if cached else ranges
+
+    def _ranges(self, files: Sequence[RemoteFile]) -> Ranges:
+        if self._heads is None:
+            found = Ranges(self.hub, self.name, self.info.sha, files, self._access.workers)
+        else:
+            found = PartReader(self.hub, self.name, self.info.sha, files, self._heads, self.whole)
+        self._opened.add(found)
+        return found
 
     def files(self) -> frozenset[str]:
         """All files of the commit. Raises as `info`."""

@@ -26,6 +26,8 @@ LARGEST, SMALLEST = 8 << 20, 256 << 10
 HEAD, HEADS, LEAST = 128 << 10, 512 << 10, 4 << 10
 """The first look at a file fetches its first HEAD bytes, which mostly hold the header. Where there are many files,
 the looks at all of them fetch HEADS bytes together, but at least LEAST of each."""
+KEPT = 4 << 20
+"""Bytes of a header that are kept, to be sent to other processes; of a longer one its first HEAD bytes."""
 AHEAD = 3
 
 
@@ -97,6 +99,14 @@ class Chunked:
         into[: len(there)] = there
         if len(there) < len(into):
             self._fetch(file, offset + len(there), into[len(there) :])
+            known = len(self._heads.get(file, b""))
+            if 0 < known == offset + len(there) and end <= KEPT and not self._chunks:
+                self._heads[file] += bytes(into[len(there) :])
+
+    @property
+    def heads(self) -> dict[str, bytes]:
+        """The first bytes of files, by name, as far as they were read and are kept."""
+        return {self._files[number].name: head for number, head in self._heads.items()}
 
     def _fetch(self, file: int, start: int, into: memoryview) -> None:
         self._hub.fetch(self._repo, self._sha, self._files[file], start, into)

@@ -171,8 +171,8 @@ def write_weights(
         for p, span in zip(placed, new_file(directory, file, placed), strict=True)
     }
     sent, job = sent_to(reading, executor), None
-    if sent is not None and (sent_base := SentBase.of(base)).travels:
-        job = ExportJob(secrets.token_hex(8), sent, directory, sent_base, places, earlier)
+    if sent is not None:
+        job = ExportJob(secrets.token_hex(8), sent, directory, SentBase.of(base), places, earlier)
     with closing(SpanFiles(directory)) as open_files:
         export = Exporting(base, reading, places, open_files, EarlierExport(earlier))
         tasks = []

@@ -54,6 +54,7 @@ class RayNodes:
         # of this process too, which is the driver, and of those that it starts
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
         self._environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
+        self._environment.pop("HF_ENDPOINT", None)  # that of a test is that of the driver
         # Ray imports jsonschema, which imports this where it is there, and it takes seconds to make its grammar
         (directory / "without").mkdir()
         (directory / "without" / "rfc3987_syntax.py").write_text("raise ImportError\n")

@@ -15,15 +15,16 @@ from typing import Any
 
 import pytest
 
+from continual import making
 from continual.errors import Abandoned, Refuse, Retry
 from continual.hub import Hub as Client
-from continual.hub import Trouble, wire
+from continual.hub import Trouble, window, wire
 from continual.hub import client as hub_client
 from continual.records import Event
 from continual.service.watched import wiring_of
 from continual.sources import polling
 from continual.sources.hub import HubSource
-from tests.helpers import hubs, models, services
+from tests.helpers import adapters, hubs, models, services
 from tests.helpers.hubs import BASE, made, merge, publish
 from tests.loopback import TOKEN, Hub, environment, faults, hostile, serving
 from tests.loopback.hostile import row
@@ -281,6 +282,23 @@ def test_one_bit_of_a_tensor_that_changed_on_its_way_is_not_folded(tmp_path: Pat
         assert len(ours.state.generations()) == 0
         hub.faults = None
         assert ours.fold(event).fate == "folded"
+
+
+def test_one_bit_of_a_factor_that_changed_on_its_way_is_not_folded(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a state of adapters nothing but factors is read, by several threads."""
+    monkeypatch.setattr(window, "HEAD", 2048)
+    base = models.base(tmp_path / "base")
+    making.init(base, tmp_path / "state", making.Recipe("task-arithmetic", width=8))
+    tune = adapters.lora(tmp_path / "ft", base, 1, rank=6, modules=("q_proj", "up_proj", "down_proj"))
+    publish(hub, "org/ft", tune)
+    with merge(tmp_path / "state", hub, workers=2) as ours:
+        hub.faults = faults.Times(hostile.flipped(), 1, origin="cdn", skip=1)  # the first has the header
+        with pytest.raises(Retry, match=r"damaged on its way|other bytes"):
+            ours.fold("hf://org/ft")
+        hub.faults = None
+        assert ours.fold("hf://org/ft").fate == "folded"
 
 
 def test_bytes_that_the_hub_itself_has_wrong_are_refused_before_the_commit(tmp_path: Path, hub: Hub) -> None:

@@ -6,6 +6,7 @@ model away. A new kind needs a shelf, and its row in `SHELVES`.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -76,6 +77,14 @@ class Repos(Shelf):
         return found
 
 
+class Lent(Folder):
+    """A directory under another name."""
+
+    def __init__(self, path: Path, origin: str) -> None:
+        super().__init__(path)
+        self.origin = origin
+
+
 @contextmanager
 def folders(tmp_path: Path) -> Iterator[Shelf]:
     yield Folders(tmp_path)
@@ -83,7 +92,8 @@ def folders(tmp_path: Path) -> Iterator[Shelf]:
 
 @contextmanager
 def repos(_: Path) -> Iterator[Shelf]:
-    with serving() as hub:
+    with serving() as hub, pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_ENDPOINT", hub.endpoint)  # of the process that a place is sent to
         yield Repos(hub)
 
 
@@ -244,6 +254,31 @@ def test_what_is_replaced_while_it_is_read_is_noticed_or_read_as_it_was(shelf: S
         else:
             with pytest.raises(Retry, match=r"model\.safetensors"):
                 model.check_unchanged()
+
+
+def test_it_goes_to_another_process_as_it_is(shelf: Shelf, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its kind, under its name, and read there in the same way, where the working directory is another."""
+    with open_model(place) as model:
+        candidate = candidate_of(model)
+        sent = pickle.dumps(place)
+    monkeypatch.chdir("/")
+    there: Place = pickle.loads(sent)
+    assert type(there) is type(place)
+    for name in ("name", "origin", "source", "only", "revision", "licence", "settled_key"):
+        assert getattr(there, name) == getattr(place, name), name
+    assert str(there) == str(place)
+    with open_model(there) as model:
+        assert candidate_of(model) == candidate
+        assert torch.equal(model.read("w"), torch.arange(6.0).view(2, 3))  # type: ignore[union-attr]
+        assert there.small("config.json") == FILES["config.json"]
+    assert type(pickle.loads(pickle.dumps(there))) is type(place)
+    assert shelf.place("alice").files() == there.files()
+
+
+def test_a_folder_of_another_kind_stays_one(tmp_path: Path) -> None:
+    """As a source of its own may have."""
+    found: Lent = pickle.loads(pickle.dumps(Lent(tmp_path / "a", "shop://a")))
+    assert (type(found), found.origin, found.path) == (Lent, "shop://a", tmp_path / "a")
 
 
 def test_a_model_that_is_gone_is_refused_as_gone(shelf: Shelf, place: Place) -> None:

@@ -145,7 +145,11 @@ class Checkpoint:
 
     def expect(self, infos: Sequence[TensorInfo]) -> None:
         """Says which tensors will be read, in this order."""
-        self._weights.expect([(info.file, info.offset, info.nbytes) for info in infos])
+        self._weights.expect(self.extents(infos))
+
+    def extents(self, infos: Sequence[TensorInfo]) -> list[tuple[int, int, int]]:
+        """Where in `files` that lies which is read for these tensors: file, first byte, bytes."""
+        return [(info.file, info.offset, info.nbytes) for info in infos]
 
     def prefetch(self, info: TensorInfo) -> None:
         """Says that a tensor comes next, so that it is read ahead."""

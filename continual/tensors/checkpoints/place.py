@@ -1,5 +1,6 @@
 """Where the files of a model are: a directory on this machine (`Folder`), or a repo (`continual.hub.repo`). Everything
-that reads a model sees a `Place`. What the files say is for other modules.
+that reads a model sees a `Place`. What the files say is for other modules. A place can be pickled: another process that
+unpickles it reads the same model, with the rights of its own machine.
 
 Every kind of place passes tests/unit/tensors/test_place_contract.py.
 
@@ -160,9 +161,9 @@ class Folder:
         self.name = path.name
         self.origin = str(path.absolute())
 
-    def __reduce__(self) -> tuple[object, ...]:
+    def __getstate__(self) -> dict[str, object]:
         """For another process, whose working directory is another."""
-        return Folder, (self.path.absolute(), self.root and self.root.absolute(), self.source)
+        return {**self.__dict__, "path": self.path.absolute(), "root": self.root and self.root.absolute()}
 
     @property
     def only(self) -> str | None:

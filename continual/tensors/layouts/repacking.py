@@ -87,9 +87,9 @@ class Repacked(Checkpoint):
             if not into:
                 return
 
-    def expect(self, infos: Sequence[TensorInfo]) -> None:
-        """As `Checkpoint.expect`."""
-        super().expect([piece for info in infos for piece in self._pieces.get(info.name, (info,))])
+    def extents(self, infos: Sequence[TensorInfo]) -> list[tuple[int, int, int]]:
+        """As `Checkpoint.extents`."""
+        return super().extents([piece for info in infos for piece in self._pieces.get(info.name, (info,))])
 
     def prefetch(self, info: TensorInfo) -> None:
         """As `Checkpoint.prefetch`."""

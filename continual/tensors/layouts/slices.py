@@ -74,7 +74,7 @@ class WithSlices(Checkpoint):
             self._kept[one.source.name] = whole
         return one.of(whole)
 
-    def expect(self, infos: Sequence[TensorInfo]) -> None:
-        """As `Checkpoint.expect`."""
+    def extents(self, infos: Sequence[TensorInfo]) -> list[tuple[int, int, int]]:
+        """As `Checkpoint.extents`."""
         mine = [self._slices[info.name].source if info.name in self._slices else info for info in infos]
-        super().expect(list(dict.fromkeys(mine)))
+        return super().extents(list(dict.fromkeys(mine)))

@@ -85,9 +85,9 @@ class InOrderOf(Checkpoint):
             with self._lock:
                 self._held = None
 
-    def expect(self, infos: Sequence[TensorInfo]) -> None:
-        """As `Checkpoint.expect`."""
-        self._model.expect([part for info in infos for part in self._expected(info)])
+    def extents(self, infos: Sequence[TensorInfo]) -> list[tuple[int, int, int]]:
+        """As `Checkpoint.extents`."""
+        return self._model.extents([part for info in infos for part in self._expected(info)])
 
     def prefetch(self, info: TensorInfo) -> None:
         """As `Checkpoint.prefetch`."""

@@ -28,7 +28,7 @@ from continual.tensors.matched.matching import Match, naming_of, sources
 from continual.tensors.matched.row_order import gather, moved_of
 from continual.tensors.names.kinds import BaseModel
 from continual.tensors.vectors.added import Content, hash_piece
-from continual.tensors.vectors.vectors import TaskVectors
+from continual.tensors.vectors.vectors import Extent, TaskVectors, extents_of
 
 _RUN = 1 << 22
 """Elements of a whole tensor that are read at a time: of a base on the Hub each run is a request."""
@@ -82,10 +82,21 @@ class LayerVectors:
         self._others = partial(TaskVectors, weights or base, model, lineage, run=_RUN)
         self._lineage = lineage
 
-    def begin(self) -> None:
-        """Begins to read all layers, each once: what is read in which order, if some are neither thin nor few rows."""
-        if any(not self.is_thin(name) and self._tokens(name) is None for name in self._lineage.folded):
-            self._whole = self._others()
+    def begin(self, names: Sequence[str] | None = None) -> None:
+        """Begins to read all layers, or those of these names, each once: what is read in which order."""
+        folded = self._lineage.folded
+        if any(not self.is_thin(name) and self._tokens(name) is None for name in folded):
+            self._whole = self._whole or self._others()
+            self._whole.begin(names)
+            return
+        infos = {info for name in names or folded for info in self._model.infos(_piece(self._sources[name]))}
+        self._model.weights.expect(sorted(infos, key=lambda info: (info.file, info.offset)))
+
+    def extents(self, name: str) -> list[Extent]:
+        """What is read of the adapter's files for the layer `name`."""
+        if self._whole is not None:
+            return self._whole.extents(name)
+        return extents_of(self._model.weights, self._model.infos(_piece(self._sources[name])))
 
     def position(self, name: str) -> tuple[int, int]:
         """Where in the adapter's file the layer `name` begins: in this order they are best read."""

@@ -38,6 +38,19 @@ _ROWS = 64
 """Rows of a matrix in which a grid is looked for."""
 
 
+class Extent(NamedTuple):
+    """Bytes of a model's file: its name, the first byte, how many."""
+
+    file: str
+    start: int
+    nbytes: int
+
+
+def extents_of(checkpoint: Checkpoint, infos: Sequence[TensorInfo]) -> list[Extent]:
+    """What is read of a model's files for these of its tensors."""
+    return [Extent(checkpoint.files[file].name, *rest) for file, *rest in checkpoint.extents(infos)]
+
+
 class TaskVector(NamedTuple):
     """One tensor's task vector `tau` (float32, the base's shape, CPU), the BLAKE3 hash of what it was made from, and
     the bytes read."""
@@ -88,8 +101,13 @@ class TaskVectors:
     def begin(self, names: Sequence[str] | None = None) -> None:
         """Begins a pass over the candidate, or over tensors of these names: what will be read of it, and in which
         order."""
-        reads = self._reads(self._lineage.folded if names is None else [name for name in names if self.has(name)])
-        self._weights.expect(sorted(reads, key=lambda info: (info.file, info.offset)))
+        wanted = self._lineage.folded if names is None else [name for name in names if self.has(name)]
+        for checkpoint, infos in self._reads(wanted):
+            checkpoint.expect(sorted(infos, key=lambda info: (info.file, info.offset)))
+
+    def extents(self, name: str) -> list[Extent]:
+        """What is read of the candidate's files for the base's tensor `name`."""
+        return [extent for checkpoint, infos in self._reads([name]) for extent in extents_of(checkpoint, infos)]
 
     def has(self, name: str) -> bool:
         """Whether the candidate changes the base's tensor `name`, as far as its headers say."""
@@ -99,14 +117,17 @@ class TaskVectors:
         """The base's tensor `name`."""
         return self._specs[name]
 
-    def _reads(self, names: Sequence[str]) -> Iterator[TensorInfo]:
-        """All that is read of these tensors of the candidate in one pass."""
-        for name in names:
-            source = self._sources[name]
-            yield from (source.full,) if source.full else ()
-            yield from source.twins
+    def _reads(self, names: Sequence[str]) -> Iterator[tuple[Checkpoint, list[TensorInfo]]]:
+        """All that is read of these tensors of the candidate in one pass, and where."""
+        found, full = list[TensorInfo](), list[str]()
+        for source in map(self._sources.__getitem__, names):
+            full += [source.full.name] if source.full else []
+            found += [*([source.full] if source.full else ()), *source.twins]
             for piece in (source.piece, *source.again) if source.piece is not None else ():
-                yield from (self._weights.tensors[part] for part in piece.names)
+                found += [self._weights.tensors[part] for part in piece.names]
+        yield self._weights, found
+        if self._shipped is not None:
+            yield self._shipped, [self._shipped.tensors[name] for name in full]
 
     def position(self, name: str) -> tuple[int, int]:
         """Where in the candidate's files the base's tensor `name` begins: in this order they are best read. What the
