@@ -3,6 +3,7 @@
     ContinualError          something that continual can explain
         Retry               the environment got in the way: nothing is settled, try again later
             Abandoned       the process is stopping: the work was given up, the state is as it was before
+            NotHere         what one piece of work needs is not on this machine of a cluster; another may have it
         Skip                the settings leave a repo out: it is no candidate, and nothing is recorded
         Refuse              this candidate is kept out: its fate goes into the ledger, and the next one is looked at
         Halt                going on would be wrong: the daemon stops, and a person has to look
@@ -55,6 +56,10 @@ class Retry(ContinualError):
 
 class Abandoned(Retry):
     """The process was asked to stop, and gave up what it did. The state is as it was before."""
+
+
+class NotHere(Retry):
+    """What one job needs is not on this machine. Others may do its orders, and this one those of other jobs."""
 
 
 class Skip(ContinualError):

@@ -11,17 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar, cast
 
-from continual.errors import Retry
 from continual.executors.contract import Task
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 PIECES = 1000
 """Pieces that an order has at most: of a thousand small tensors each takes about a millisecond."""
-
-
-class NotHere(Retry):
-    """What one job needs is not on this machine. Others may do its orders, and this one those of other jobs."""
 
 
 class Bench(Protocol[R_co]):

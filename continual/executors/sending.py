@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from continual.errors import Abandoned, Refuse, Retry
+from continual.errors import Abandoned, NotHere, Refuse, Retry
 from continual.executors.away import WorkAnswer, software
 from continual.executors.cluster_figures import FIGURES, DrivenWork
 from continual.executors.contract import Task
 from continual.executors.driving import Began, Came, SendOrder
 from continual.executors.links import Answers, ClusterLink
-from continual.executors.orders import NotHere, order_of
+from continual.executors.orders import order_of
 from continual.executors.patience import Patience, cores, fits
 from continual.retrying import order_bound
 

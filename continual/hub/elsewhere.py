@@ -7,13 +7,13 @@ import os
 from functools import cache
 from urllib.parse import urlsplit, urlunsplit
 
-from continual.errors import Refuse, Retry
+from continual.errors import NotHere, Refuse
 from continual.hub.client import Hub
 
 _RIGHTS = ("gone", "gated")
 
 
-class NotForWorker(Retry):
+class NotForWorker(NotHere):
     """A worker may not read a repo, or does not find it. Whether anybody can is for who sent it to ask."""
 
 

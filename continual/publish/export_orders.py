@@ -17,8 +17,9 @@ from continual.engine.block_reading import BlockReading
 from continual.engine.reading import Reading
 from continual.engine.reading_orders import SentReading, sent_to
 from continual.engine.sent import SentBase
+from continual.errors import NotHere
 from continual.executors.contract import Executor, Progress, Task
-from continual.executors.orders import NotHere, WorkJob, WorkPiece
+from continual.executors.orders import WorkJob, WorkPiece
 from continual.publish.earlier import EarlierExport, Row, body_of, made_of
 from continual.publish.exported_layout import layout, write_indexes
 from continual.publish.exported_weights import merged, need

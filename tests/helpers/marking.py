@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from continual.errors import Refuse
+from continual.errors import NotHere, Refuse
 from continual.executors.away import _here
 from continual.executors.contract import Task
-from continual.executors.orders import NotHere, WorkJob, WorkPiece
+from continual.executors.orders import WorkJob, WorkPiece
 
 UNTIL = 60.0
 
