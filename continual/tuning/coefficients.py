@@ -45,8 +45,13 @@ class Coefficients(ABC):
 
     @abstractmethod
     def slopes(self, now: Reading, spec: TensorSpec, gradient: Tensor) -> Iterator[tuple[int, float]]:
-        """Of `gradient`, that of the loss in a tensor where the model is as `now` reads it: what it says of each
-        number, as the slope along the logarithm of its factor."""
+        """Of `gradient`, that of the loss of some rows in a tensor where the model is as `now` reads it: what it says
+        of each number, as the slope along the logarithm of its factor. What costs much of each gradient is left to
+        `rest`. Raises Retry."""
+
+    def rest(self, now: Reading) -> Iterator[tuple[str, int, float]]:  # noqa: ARG002 - as of those that leave some
+        """What the sum of all gradients since the last call says besides: with the name of the tensor. Raises Retry."""
+        return iter(())
 
 
 class OfLayers(Coefficients):
@@ -96,6 +101,8 @@ class OfTerms(Coefficients):
             for number in sorted({n for one in spec.layers for n in self._terms.owner.get(one.name, ())}):
                 places.setdefault((reading.keys[number], layer), len(places))
         self._places, self.layers = places, [layer for _, layer in places]
+        summed = [] if isinstance(reading, BlockReading) else [spec for spec in specs if reading.has_terms(spec)]
+        self._sums = held.enter_context(SummedGradients(summed, work))
 
     def options(self, factors: Sequence[float]) -> ReadOptions:
         """As of all."""
@@ -108,11 +115,23 @@ class OfTerms(Coefficients):
         return TermsReading(self._of, self._terms, options)
 
     def slopes(self, now: Reading, spec: TensorSpec, gradient: Tensor) -> Iterator[tuple[int, float]]:
-        """As of all: ⟨g, s·c_i·X_i⟩ of each model, from the sums of L ∘ gR over the columns of X_i = L·Rᵀ."""
+        """As of all: ⟨g, s·c_i·X_i⟩ of each model, from the sums of L ∘ gR over the columns of X_i = L·Rᵀ. Of whole
+        tensors there are as many columns as rows, and more, so that this is done once for all rows."""
         layer = layer_key(spec.name)
         if not self._of.has_terms(spec):
             yield self._places[("", layer)], linalg.dot(gradient, now.vector(spec).to(gradient.device))
-            return
+        elif spec.name in self._sums.specs:
+            self._sums.add(spec, gradient)
+        else:
+            yield from self._of_terms(now, spec, gradient)
+
+    def rest(self, now: Reading) -> Iterator[tuple[str, int, float]]:
+        """As of all."""
+        for spec, gradient in self._sums.taken():
+            yield from ((spec.name, *found) for found in self._of_terms(now, spec, gradient))
+
+    def _of_terms(self, now: Reading, spec: TensorSpec, gradient: Tensor) -> Iterator[tuple[int, float]]:
+        layer = layer_key(spec.name)
         scale, times = now.factor_of(spec), now.times_at(spec.name)
         sums: dict[int, list[float]] = {}
         for place, one in enumerate(spec.layers):
@@ -124,6 +143,44 @@ class OfTerms(Coefficients):
         for number, dots in sums.items():
             slope = sum(dots) * scale * times.get(number, 1.0)
             yield self._places[(self._of.keys[number], layer)], slope
+
+
+class SummedGradients:
+    """The gradients of some tensors, added up in a file without a name. A context manager."""
+
+    def __init__(self, specs: Sequence[TensorSpec], work: Path) -> None:
+        """Raises Retry where the disk of `work` has no room."""
+        self.specs = {spec.name: spec for spec in specs}
+        self._there: set[str] = set()
+        room(work, 4 * sum(spec.numel for spec in specs), "tuning")
+        with environment(f"cannot write in {work}"):
+            self._spool = Spool(work, {spec.name: spec.numel for spec in specs})
+
+    def __enter__(self) -> SummedGradients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spool.close()
+
+    def add(self, spec: TensorSpec, gradient: Tensor) -> None:
+        """Adds one, of as many elements as the tensor has. Raises Retry."""
+        found = gradient.detach().reshape(-1).float().cpu()
+        with environment("cannot write the scratch file"):
+            if spec.name in self._there:
+                before = self._spool.get(spec.name, (spec.numel,))
+                assert before is not None, "it was put there"
+                found = before.add_(found)
+            self._spool.put(spec.name, found)
+        self._there.add(spec.name)
+
+    def taken(self) -> Iterator[tuple[TensorSpec, Tensor]]:
+        """Each sum, flat, on the CPU; then they begin anew. Raises Retry."""
+        there, self._there = sorted(self._there), set()
+        for name in there:
+            with environment("cannot read the scratch file"):
+                found = self._spool.get(name, (self.specs[name].numel,))
+            assert found is not None, "it was put there"
+            yield self.specs[name], found
 
 
 class KeptTerms:

@@ -195,6 +195,8 @@ class _Way:
         judged = [float(each.mean()) for each in self._losses.held()]
         self._dots = [[] for _ in factors]
         loss = self._losses.backward()
+        for name, place, enlarged in self._numbers.rest(self._reading):
+            self._note(name, place, enlarged)
         self.trials.append(Trial(options, -math.fsum(judged) / len(judged), loss))
         return Here(loss, tuple(math.fsum(dots) for dots in self._dots))
 
@@ -209,8 +211,12 @@ class _Way:
             gradient = held.gradient
             assert gradient is not None, spec.name
             for place, enlarged in self._numbers.slopes(self._reading, spec, gradient):
-                slope = enlarged / self._losses.enlarged
-                if not math.isfinite(slope):
-                    raise Misconfigured(f"the loss is finite, and its gradient in {spec.name} is not: {_HINT}")
-                self._dots[place].append(slope)
+                self._note(spec.name, place, enlarged)
         parameter.grad = None
+
+    def _note(self, name: str, place: int, enlarged: float) -> None:
+        """Adds what the gradient in a tensor says of a number."""
+        slope = enlarged / self._losses.enlarged
+        if not math.isfinite(slope):
+            raise Misconfigured(f"the loss is finite, and its gradient in {name} is not: {_HINT}")
+        self._dots[place].append(slope)

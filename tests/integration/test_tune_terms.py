@@ -105,6 +105,17 @@ def test_a_run_is_repeated_bit_by_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
+def test_batches_of_rows_say_what_all_of_them_say(tmp_path: Path, kept: bool) -> None:
+    with folded(tmp_path, "tsv-flow", kept=kept) as merge:
+        dry = replace(WANTED, candidates=6, dry_run=True)
+        once, few = (
+            merge.tune_layers(replace(dry, calibration={"batch": batch})).entry.trials for batch in (quadratic.ROWS, 3)
+        )
+        assert [t.loss for t in few] == pytest.approx([t.loss for t in once], rel=1e-4)
+        assert [t.score for t in few] == pytest.approx([t.score for t in once], rel=1e-4)
+
+
+@pytest.mark.parametrize("kept", [True, False])
 def test_models_come_and_go(tmp_path: Path, kept: bool) -> None:
     with folded(tmp_path, "tsv-m", kept=kept) as merge:
         base = load_file(tmp_path / "base" / "model.safetensors")

@@ -6,15 +6,18 @@ nothing sees before.
     python -m tests.campaigns.bench.layers --work W --suite digits --form lora --tasks 4 8 --rule tsv-m --rule regmean
     python -m tests.campaigns.bench.layers --work W --data DIR --data SETS --suite text --form lora --tasks 8
     python -m tests.campaigns.bench.layers --work W --data DIR --data SETS --suite language --form lora --tasks 4
+    python -m tests.campaigns.bench.layers --work W --data SETS --suite vision --form full --tasks 8 --rows 60
 
 W, DIR and SETS are those of `tests.campaigns.bench.quality`, whose fine-tunes are taken where they are there, and
 trained where not. Full fine-tunes are folded into a state of whole tensors, adapters into one of adapters; read by the
 default rule, or by each `--rule`; `regmean` is given the inputs of the same rows first. The rows are never trained on
-by a fine-tune, and are no test rows.
+by a fine-tune, and are no test rows; of vision there are 60 of these a task.
 
 Trained on the rows: the base, and with `--merge-too` the merge, by the recipe of the fine-tunes, on all rows, those
-that judge too, of the digits all weights and besides by LoRA, elsewhere by LoRA; `--trained 1 3` as long as that recipe
-and three times as long. Minutes on digits; on the language model a pass backwards takes three CPU seconds for 8 rows.
+that judge too, all weights and by LoRA (of text by LoRA alone), or as `--train` says; `--trained 1 3` as long as that
+recipe and three times as long. `seconds` are CPU seconds, of what is learned without asking the test rows; `gigabytes`
+the most that the process had until then, with the suite's own model. Minutes on digits; on the language model a pass
+backwards takes three CPU seconds for 8 rows.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import argparse
 import importlib
 import json
 import random
+import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,9 +43,9 @@ from continual.demo import digits as demo
 from continual.making import WIDTH
 from continual.objectives import Given, Said
 from tests.campaigns.bench.quality import digits as ways
-from tests.campaigns.bench.quality import language, text
+from tests.campaigns.bench.quality import language, text, vision
 from tests.campaigns.bench.quality.campaign import settle_threads
-from tests.campaigns.bench.quality.suite import Form, Suite, fine_tune
+from tests.campaigns.bench.quality.suite import Form, Suite, Watching, fine_tune
 from tests.campaigns.bench.selection.world import DigitsWorld, Seen, TextWorld
 
 MODULE = "tests.campaigns.bench.layers"
@@ -144,11 +148,61 @@ class OnText:
         return self.world.learn(form, weights, round(400 * times), self._dtype)
 
 
+class OnVision(ByFunction):
+    """The vision transformer; a row's loss is that of frozen heads at a fitted confidence."""
+
+    objective = f"{MODULE}:images"
+    forms: Sequence[Form] = ("full", "lora")
+
+    def __init__(self, args: argparse.Namespace, count: int, seed: int) -> None:
+        self.suite = vision.Vision(args.work / "vision", tuple(args.data))
+        tasks = list(self.suite.tasks)
+        random.Random(1000 + seed).shuffle(tasks)
+        self.wanted, self.seed, self.rows = tasks[:count], seed, args.rows
+
+    def of(self, task: str) -> tuple[Tensor, Tensor]:
+        """Images and labels, of those by which the quality benchmark chooses: no others were not trained on."""
+        images, labels, _ = self.suite.rows(task)
+        kept = slice(-vision.VALIDATION - vision.TEST, -vision.TEST)
+        return images[kept][: self.rows], labels[kept][: self.rows]
+
+    def given(self, directory: Path) -> Given:
+        """The objective."""
+        model = vision.load(directory)
+        return Given(model, [Seen(Headed(model, self.suite._head(task)), *self.of(task)) for task in self.wanted])
+
+    def trained(self, weights: Mapping[str, Tensor], form: Form, times: float) -> dict[str, Tensor]:
+        """By the recipe of a fine-tune, a step of one task after the other."""
+        model = vision.load(self.suite.prepare())
+        model.load_state_dict({name: weights.get(name, value) for name, value in model.state_dict().items()})
+        torch.manual_seed(self.seed)
+        if form == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        parts = [(self.suite._head(task), self.of(task)) for task in self.wanted]
+        vision.learn_all(model, parts, round(times * vision.STEPS[form]), vision.RATES[form], self.seed)
+        model = model.merge_and_unload() if form == "lora" else model
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class Headed(nn.Module):
+    """The logits of a task's classes."""
+
+    def __init__(self, model: nn.Module, head: Tensor) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images to logits, rows × classes."""
+        return vision.embedded(self.model, images) @ self.head.T / vision.TEMPERATURE
+
+
 class OnLanguage(ByFunction):
     """The language model; a row's loss is that of its answer, as the suite asks for it."""
 
     objective = f"{MODULE}:answers"
-    forms: Sequence[Form] = ("lora",)
+    forms: Sequence[Form] = ("full", "lora")
 
     def __init__(self, args: argparse.Namespace, count: int, seed: int) -> None:
         self.suite = language.Language(args.work / "language", tuple(args.data))
@@ -173,16 +227,16 @@ class OnLanguage(ByFunction):
         return Given(model, tasks)
 
     def trained(self, weights: Mapping[str, Tensor], form: Form, times: float) -> dict[str, Tensor]:
-        """LoRA by the recipe of a fine-tune, as many steps for all the tasks."""
-        assert form == "lora", form
+        """By the recipe of a fine-tune, as many steps for all the tasks."""
         model, tokenizer = language.load(self.suite.prepare())
         model.load_state_dict({name: weights.get(name, value) for name, value in model.state_dict().items()})
         torch.manual_seed(self.seed)
-        wrapped = language.adapted(model, 16, frozen=False)
+        wrapped = language.adapted(model, 16, frozen=False) if form == "lora" else model
         rows = [row for task in self.wanted for row in self.rows(task)]
-        steps = round(times * language.STEPS["lora"])
-        language.learn(model, tokenizer, rows, steps, language.RATES["lora"], self.seed)
-        return {name: value.detach().clone() for name, value in wrapped.merge_and_unload().state_dict().items()}
+        steps = round(times * language.STEPS[form])
+        language.learn(model, tokenizer, rows, steps, language.RATES[form], self.seed)
+        model = wrapped.merge_and_unload() if form == "lora" else model
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def first(seen: list[int], wanted: list[int]) -> tuple[list[int], list[int]]:
@@ -229,15 +283,25 @@ PLACES: Mapping[str, Callable[[argparse.Namespace, int, int], Place]] = {
     "digits": OnDigits,
     "text": OnText,
     "language": OnLanguage,
+    "vision": OnVision,
 }
-answers = digits
-"""That of the language model."""
+answers = images = digits
+"""That of the language model, and of vision."""
 
 
-def accuracy(place: Place, weights: Mapping[str, Tensor]) -> float:
-    """Mean over the tasks, on test rows, in per cent."""
+def asked(place: Place, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """On test rows: how many are right, in per cent, the mean over the tasks; and what the suite watches."""
     found = [place.suite.correct(weights, task, "test").float().mean() for task in place.wanted]
-    return 100 * float(sum(found)) / len(found)
+    told: dict[str, Any] = {"right": round(100 * float(sum(found)) / len(found), 2)}
+    if isinstance(place.suite, Watching):
+        told |= {name: round(value, 3) for name, value in place.suite.watch(weights, []).items()}
+    return told
+
+
+def used(begun: float) -> dict[str, float]:
+    """CPU seconds since then, and the most memory until now."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": round(time.process_time() - begun, 1), "gigabytes": round(peak / (1 << 20), 1)}
 
 
 def weights_of(merge: continual.Merge, where: Path) -> dict[str, Tensor]:
@@ -253,7 +317,7 @@ def measured(place: Place, form: Form, args: argparse.Namespace) -> dict[str, An
     """Folds, learns, trains and asks."""
     work = args.work
     importlib.import_module(MODULE).PLACE["now"] = place  # which is another module than this one, where it is run
-    base, state = place.suite.prepare(), work / f"layers-state-{form}"
+    base, state = place.suite.prepare(), work / f"layers-state-{place.suite.name}-{form}"
     shutil.rmtree(state, ignore_errors=True)
     continual.init(base, state, continual.Recipe(width=WIDTH if form == "lora" else None))
     told: dict[str, Any] = {"suite": place.suite.name, "form": form, "tasks": len(place.wanted)}
@@ -261,27 +325,33 @@ def measured(place: Place, form: Form, args: argparse.Namespace) -> dict[str, An
     with continual.open(state, write=True, workers=1, max_base_ratio=100.0) as merge:
         for model in models:
             merge.fold(model)
-        told["base"] = accuracy(place, load_file(base / "model.safetensors"))
+        told["base"] = asked(place, load_file(base / "model.safetensors"))
         start = weights_of(merge, work / "layers-export")
         if "regmean" in args.rule:
             merge.read_inputs(place.inputs([model.name for model in models]))
         for rule in args.rule or (merge.rule.name,):
             merge.rescale("auto", rule=rule)
+            print(rule, flush=True)
             told[rule] = learned(merge, place, [str(model) for model in models], args)
-            print(json.dumps({rule: told[rule]}), flush=True)
     shutil.rmtree(state)
     before = {"base": load_file(base / "model.safetensors"), "merge": start}
     for name, weights in list(before.items())[: 2 if args.merge_too else 1]:
-        for how in place.forms:
+        for how in args.train or place.forms:
             for times in args.trained:
-                told[f"{name}, {how}, {times:g}"] = accuracy(place, place.trained(weights, how, times))
+                begun = time.process_time()
+                trained = place.trained(weights, how, times)
+                took = used(begun)
+                found = {f"{name}, {how}, {times:g}": asked(place, trained) | took}
+                print(json.dumps(found), flush=True)
+                told |= found
     return told
 
 
 def learned(merge: continual.Merge, place: Place, models: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     """What the merge is worth as it is read by default, and with coefficients of either kind."""
     export = args.work / "layers-export"
-    told: dict[str, Any] = {"default": round(accuracy(place, weights_of(merge, export)), 2)}
+    told: dict[str, Any] = {"default": asked(place, weights_of(merge, export))}
+    print(json.dumps(told), flush=True)
     for what in args.what:
         learning = place.learning(
             calibration={"batch": args.batch, "dtype": args.dtype},
@@ -291,13 +361,10 @@ def learned(merge: continual.Merge, place: Place, models: Sequence[str], args: a
         )
         begun = time.process_time()
         tuned = merge.tune_layers(learning)
-        told[what] = {
-            "right": round(accuracy(place, weights_of(merge, export)), 2),
-            "candidates": len(tuned.entry.trials),
-            "before": round(-tuned.before, 4),
-            "judged": round(-tuned.score, 4),
-            "seconds": round(time.process_time() - begun, 1),
-        }
+        took = used(begun)
+        told[what] = asked(place, weights_of(merge, export)) | took
+        told[what]["judged"] = [round(-trial.score, 4) for trial in tuned.entry.trials]
+        print(json.dumps({what: told[what]}), flush=True)
         merge.rescale("auto")
     return told
 
@@ -318,6 +385,7 @@ def main() -> None:
     parser.add_argument("--rule", action="append", default=[], help="rules that read; by default that of the state")
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT, help="coefficients that are learned")
     parser.add_argument("--trained", type=float, nargs="*", default=[], help="how long the base is trained on the rows")
+    parser.add_argument("--train", nargs="+", choices=("full", "lora"), default=[], help="in which forms")
     parser.add_argument("--merge-too", action="store_true", help="the merge is trained on the rows as well")
     args = parser.parse_args()
     settle_threads(1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -179,10 +179,20 @@ def embedded(model: Any, seen: Tensor) -> Tensor:
 
 
 def learn(model: Any, head: Tensor, rows: tuple[Tensor, Tensor], steps: int, rate: float, seed: int) -> None:
-    """AdamW on what learns, the rate rising over a tenth of the steps and then falling to 0."""
-    seen, labels = rows
+    """As `learn_all`, of one task."""
+    learn_all(model, [(head, rows)], steps, rate, seed)
+
+
+def learn_all(
+    model: Any, parts: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]], steps: int, rate: float, seed: int
+) -> None:
+    """AdamW on what learns, the rate rising over a tenth of the steps and then falling to 0. `parts`: of each task its
+    head, and images with labels; a step is of one task after the other."""
     random = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(seen), generator=random) for _ in range(1 + steps * BATCH // len(seen))])
+    orders = [
+        torch.cat([torch.randperm(len(seen), generator=random) for _ in range(1 + steps * BATCH // len(seen))])
+        for _, (seen, _) in parts
+    ]
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.01)
     rise = max(1, steps // 10)
@@ -191,7 +201,8 @@ def learn(model: Any, head: Tensor, rows: tuple[Tensor, Tensor], steps: int, rat
     )
     model.train()
     for step in track(range(steps), "train", disable=not sys.stdout.isatty(), transient=True):
-        batch = order[step * BATCH : (step + 1) * BATCH]
+        (turn, part), (head, (seen, labels)) = divmod(step, len(parts)), parts[step % len(parts)]
+        batch = orders[part][turn * BATCH : (turn + 1) * BATCH]
         loss = functional.cross_entropy(embedded(model, seen[batch]) @ head.T / TEMPERATURE, labels[batch])
         optimizer.zero_grad()
         torch.autograd.backward(loss)
