@@ -1,8 +1,8 @@
-"""What is loaded when something of it is first used: torch, which takes longer than most commands do their work in, and
-the modules of a room that only some of its users need. What only looks at a state needs nothing of these.
+"""What is loaded when something of it is first used: torch, which takes longer than most commands do their work in,
+numpy for what only looks at a state, and the modules of a room that only some of its users need.
 
-Every module takes `torch` and `Tensor` from here, and uses torch in its functions alone. `Tensor` is for annotations
-and other words about types; to ask whether something is one, write `torch.Tensor`.
+Every module takes `torch` and `Tensor` from here, and uses torch in its functions alone; those of `state` take `numpy`
+so. `Tensor` is for annotations and other words about types; to ask whether something is one, write `torch.Tensor`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["Dtypes", "Tensor", "from_homes", "load", "torch"]
+__all__ = ["Dtypes", "Tensor", "from_homes", "load", "numpy", "torch"]
 
 if TYPE_CHECKING:
+    import numpy as numpy
     import torch as torch
     from torch import Tensor as Tensor
 else:
 
-    class _Torch:
-        """Stands for the package until something of it is asked for, and has all that is in it from then on."""
+    def _standing_for(package_name: str) -> object:
+        """Stands for a package until something of it is asked for, and has all that is in it from then on."""
 
-        def __getattr__(self, name: str) -> object:
-            package = import_module("torch")
-            self.__dict__ = package.__dict__  # what is looked for from now on is found as in the package itself
-            return getattr(package, name)
+        class Package:
+            def __getattr__(self, name: str) -> object:
+                package = import_module(package_name)
+                self.__dict__ = package.__dict__  # what is looked for from now on is found as in the package itself
+                return getattr(package, name)
 
-    torch = _Torch()
+        return Package()
+
+    torch, numpy = _standing_for("torch"), _standing_for("numpy")
     Tensor = "torch.Tensor"
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, NamedTuple
 
 from continual.lazily import Tensor, torch
+from continual.lazily import numpy as np
 
-Floats = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float32]
+else:
+    Floats = "numpy.ndarray"  # for annotations alone
+
 BLOCK = 1 << 19
 """Elements of a block of rows in float64 (4 MiB): large enough for GEMM, small enough that six of them never matter."""
 CHUNK = 1 << 18

@@ -14,13 +14,14 @@ import functools
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from types import MappingProxyType
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, NamedTuple
 
 from continual.blocks.triplets import Block
+from continual.lazily import numpy as np
 from continual.records import SlotSpec
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 CHUNK = 16
 """Columns that are written together: as many as a usual adapter has."""

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
 from blake3 import blake3
 
 from continual.blocks.factoring import Run
 from continual.blocks.shelf import Shelf, Stacked, stacked
 from continual.lazily import Tensor, torch
+from continual.lazily import numpy as np
 from continual.records import TensorSpec
 from continual.rules import Accumulators, Inputs, Pass, Rule
 from continual.rules.matrices import sides

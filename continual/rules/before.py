@@ -12,17 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, Generic, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
 
 from continual.errors import Misconfigured
 from continual.lazily import Tensor, torch
+from continual.lazily import numpy as np
 from continual.rules import trimming
 from continual.rules.contract import Inputs, Pass
 from continual.rules.options import Choice, Flag, Number, O, Option, Whole, declared, plain, resolve
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _WORDS_OF_A_BLOCK = 8
 """32-bit words of one counter of Philox."""

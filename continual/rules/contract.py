@@ -12,12 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Generic, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Generic, NamedTuple
 
 from continual.lazily import Tensor
+from continual.lazily import numpy as np
 from continual.records import SlotSpec, TensorSpec, Totals
 from continual.rules.apart import Apart, LeftOut
 from continual.rules.layer_inputs import ByInputs
@@ -25,9 +23,15 @@ from continual.rules.options import O, Option, declared, plain, resolve
 from continual.rules.scale import ReadOptions, Size
 from continual.rules.terms import ModelTerms
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Counts = npt.NDArray[np.int64]
+else:
+    Counts = "numpy.ndarray"  # for annotations alone
+
 Accumulators = dict[str, Tensor]
 """What a rule keeps of one tensor, by slot name: fixed shapes and dtypes from the first fold on, zeros before it."""
-Counts = npt.NDArray[np.int64]
 """What a pass counts."""
 
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
-
 from continual import linalg
 from continual.errors import Misconfigured
 from continual.lazily import Tensor, torch
+from continual.lazily import numpy as np
 from continual.records import SlotSpec, TensorSpec, Totals
 from continual.rules import sums, trimming
 from continual.rules.contract import (

@@ -10,14 +10,15 @@ counts the upper halves of the patterns, the other the lower halves of those who
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, NamedTuple
 
 from continual import linalg
 from continual.lazily import Tensor, torch
+from continual.lazily import numpy as np
 from continual.rules.contract import Counts, Inputs, Pass
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 SCOPES = ("model", "tensor")
 SAMPLE = 1 / 16

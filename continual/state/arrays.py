@@ -17,20 +17,23 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
 
 from continual.errors import Damaged, Misconfigured
+from continual.lazily import numpy as np
 from continual.records import SlotSpec
 from continual.state import storing
 from continual.state.storing import NewChunk, OldChunk, Stem
 from continual.timing.clock import stage
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from zarr.core.buffer import Buffer
 
+    Array = NDArray[Any]
+else:
+    Array = "numpy.ndarray"  # for annotations alone
+
 CHUNK_BYTES = 32 << 20
-Array = NDArray[Any]
 
 
 class Grid(NamedTuple):

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from continual.errors import Damaged, Misconfigured
+from continual.lazily import numpy as np
 from continual.records import KEY, OMITTED
 from continual.state import arrays, framing, holding, storing
 from continual.state.arrays import Array

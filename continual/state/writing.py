@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 
-import numpy as np
-
+from continual.lazily import numpy as np
 from continual.state import arrays
 from continual.state.arrays import Array
 from continual.state.draft import Draft

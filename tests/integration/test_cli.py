@@ -15,7 +15,7 @@ import torch
 from typer.core import TyperGroup
 
 from continual.cli.main import app
-from tests.helpers import models
+from tests.helpers import models, stores
 from tests.helpers.command import machine, parsers, process, run
 from tests.helpers.pages import DOCS
 
@@ -181,6 +181,22 @@ def test_help_and_completion_are_cheap() -> None:
         [Path(sys.executable).parent / "continual"], capture_output=True, text=True, check=False, env=asked
     )
     assert "rollback" in completed.stdout
+
+
+@pytest.mark.parametrize("command", ["status", "log"])
+def test_a_look_at_a_state_loads_nothing_for_numbers(tmp_path: Path, command: str) -> None:
+    stores.make(tmp_path / "s").close()
+    code = (
+        "import atexit, sys, continual.cli.main; atexit.register(lambda: print([m for m in ('torch', 'zarr', 'numpy') "
+        "if m in sys.modules], file=sys.stderr)); continual.cli.main.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, "--state", str(tmp_path / "s")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.splitlines()[-1] == "[]"
 
 
 def test_rules_are_listed() -> None:
