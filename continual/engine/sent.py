@@ -3,16 +3,20 @@ there, never a value of a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
-from continual.engine.base import as_recorded, kept_headers
+from continual.engine.base import as_recorded, fetched, kept_headers
 from continual.errors import Refuse, Retry
+from continual.executors.contract import silent
+from continual.hub.elsewhere import hub_of_worker, without_login
 from continual.hub.repo import Repo
 from continual.records import FileStat, Lineage
 from continual.state.format import Format
-from continual.tensors import BaseModel, Checkpoint, Model, Place, open_model, open_shipped
+from continual.tensors import BaseModel, Checkpoint, Folder, Model, Place, open_model, open_shipped
 from continual.tensors.bases.kept import is_kept
 
 
@@ -68,22 +72,56 @@ class SentFiles(NamedTuple):
 
 
 class SentBase(NamedTuple):
-    """A base; without `files` it is the headers that the format of the state has."""
+    """A base; without `files` it is the headers that the format of the state has. One that came from the Hub has the
+    names that the client's cache gives to the contents of its files (`blobs`), and where this process asks the Hub."""
 
     files: SentFiles | None
+    blobs: Mapping[str, str]
+    endpoint: str = ""
 
     @classmethod
     def of(cls, base: BaseModel) -> SentBase:
         """Of an open base."""
-        return cls(None if is_kept(base) else SentFiles(base.checkpoint.place, tuple(base.checkpoint.files)))
+        if is_kept(base):
+            return cls(None, {})
+        place, files = base.checkpoint.place, base.checkpoint.files
+        blobs = blobs_of(place.directory, [f.name for f in files]) if isinstance(place, Folder) else {}
+        return cls(SentFiles(place, tuple(files)), blobs, without_login(os.environ.get("HF_ENDPOINT", "")))
 
     def open(self, form: Format) -> BaseModel:
-        """Opens it. Raises Misconfigured, Damaged, Retry."""
+        """Opens it. One that came from the Hub, and that this machine does not see where the sender has it, is taken
+        from the cache of this machine, into which it is fetched once. Raises Misconfigured, Damaged, Retry."""
         if self.files is None:
             return kept_headers(form)
-        found = as_recorded(form, self.files.place)
+        place, record = self.files.place, form.base
+        if self.blobs and record.repo is not None and record.revision is not None:
+            if not all(place.present(name) for name in self.blobs):
+                place = Folder(self._in_cache(record.repo, record.revision))
+            if isinstance(place, Folder) and blobs_of(place.directory, self.blobs) == self.blobs:
+                return as_recorded(form, place)
+        found = as_recorded(form, place)
         self.files.same(found.checkpoint.files)
         return found
+
+    def _in_cache(self, repo: str, revision: str) -> Path:
+        """Where the files of a base are in the cache of this machine."""
+        from huggingface_hub import try_to_load_from_cache
+
+        there = {name: try_to_load_from_cache(repo, name, revision=revision) for name in self.blobs}
+        for name, path in there.items():
+            if isinstance(path, str):
+                directory = Path(path).parents[name.count("/")]
+                if blobs_of(directory, self.blobs) == self.blobs:
+                    return directory
+        return fetched(hub_of_worker(self.endpoint), repo, revision, silent).path
+
+
+def blobs_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """The names of the contents of files in a directory of the cache of the Hub's client, which are their hashes; none
+    where one of them is no such file."""
+    targets = {name: Path(os.path.realpath(directory / name)) for name in names}
+    there = all(target.parent.name == "blobs" and target.exists() for target in targets.values())
+    return {name: target.name for name, target in targets.items()} if there else {}
 
 
 class SentSources(NamedTuple):

@@ -31,9 +31,9 @@ class WorkersHub(Hub):
 
 @cache
 def hub_of_worker(endpoint: str) -> WorkersHub:
-    """The Hub that this process asks, `endpoint` where the environment names none. Raises Misconfigured if the package
-    huggingface_hub is told to stay offline."""
-    return WorkersHub(endpoint=os.environ.get("HF_ENDPOINT") or endpoint)
+    """The Hub that this process asks, `endpoint` (empty: the Hub itself) where the environment names none. Raises
+    Misconfigured if the package huggingface_hub is told to stay offline."""
+    return WorkersHub(endpoint=os.environ.get("HF_ENDPOINT") or endpoint or None)
 
 
 def without_login(endpoint: str) -> str:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -222,6 +223,45 @@ def test_what_is_not_what_the_hub_says_is_refused_as_by_one_process(tmp_path: Pa
         merge.posted = Cluster(1 << 10)
         outcome = merge.fold(f"hf://{TUNE}")
         assert (outcome.fate, outcome.reason) == ("refused", "changed"), outcome.message
+
+
+def test_a_base_of_the_hub_is_fetched_once_by_a_machine_that_has_it_not(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into the cache of that machine, which is elsewhere."""
+    here, there = tmp_path / "cache", tmp_path / "its"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here))
+    client = Client(endpoint=hub.endpoint, token=TOKEN)
+    base = models.base(tmp_path / "base")
+    hubs.publish(hub, hubs.BASE, hubs.sharded(base, tmp_path / "shards"), hubs.card(None))
+    making.init(f"hf://{hubs.BASE}", tmp_path / "state", making.Recipe("mean"), client=client)
+    tunes = [models.fine_tune(base, tmp_path / f"tune-{n}", n) for n in range(2)]
+    with Merge(settings(tmp_path / "state"), write=True, client=client) as merge:
+        assert merge.fold(tunes[0]).fate == "folded"
+    shutil.copytree(tmp_path / "state", tmp_path / "other")
+    found = []
+    for state in ("state", "other"):
+        with SentFromHub(settings(tmp_path / state), write=True, client=client) as merge:
+            posted = merge.posted = Posted(1 << 13)
+            seen = posted.map
+
+            def elsewhere(tasks: object, seen: Any = seen) -> Iterator[Any]:
+                here.rename(tmp_path / "hidden")
+                monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(there))
+                try:
+                    yield from seen(tasks)
+                finally:
+                    (tmp_path / "hidden").rename(here)
+                    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here))
+
+            hub.journal.clear()
+            posted.map = elsewhere  # type: ignore[method-assign]
+            assert merge.fold(tunes[1]).fate == "folded"
+            assert posted.orders > 1
+            found.append((hub.journal.sent(repo=hubs.BASE), hubs.sums(merge)))
+    size = sum(file.stat().st_size for file in (tmp_path / "shards").glob("*.safetensors"))
+    assert (found[0][0], found[1][0]) == (size, 0)
+    assert hubs.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize(("rule", "made"), [("tsv-m", whole), ("ties", in_shards), ("mean", lora)])
