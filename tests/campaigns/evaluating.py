@@ -311,6 +311,18 @@ def needed(ground: Ground, one: Candidate) -> dict[str, float]:
     return found
 
 
+def ask_each_rule(said: str | None, rules: Sequence[str], ask: Callable[[Red, str], None]) -> None:
+    """What a campaign over several rules does with its arguments; `said` is its docstring."""
+    parser = argparse.ArgumentParser(description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="directory for what is made, kept for the next time")
+    parser.add_argument("--rules", nargs="*", default=rules)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    red = Red(args.work)
+    for rule in args.rules:
+        ask(red, rule)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="directory for what is made, kept for the next time")

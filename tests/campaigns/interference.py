@@ -12,7 +12,6 @@ tasks falls by; and for each number its rank correlation with that fall, and how
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 import continual
 from continual.state.parts import MetNumbers
-from tests.campaigns.evaluating import OFF, Ground, harms
+from tests.campaigns.evaluating import OFF, Ground, ask_each_rule, harms
 from tests.campaigns.redteam import Red, scaled
 
 RULES = ("tsv-m", "iso-c", "opcm", "task-arithmetic")
@@ -91,16 +90,5 @@ def ask(red: Red, rule: str) -> None:
         print(f"{rule}: {name}: rank correlation {rank_correlation(values, falls):+.2f}, told apart {apart:.2f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for what is made, kept for the next time")
-    parser.add_argument("--rules", nargs="*", default=RULES)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    red = Red(args.work)
-    for rule in args.rules:
-        ask(red, rule)
-
-
 if __name__ == "__main__":
-    main()
+    ask_each_rule(__doc__, RULES, ask)

@@ -9,17 +9,15 @@ where most; a factor of 1 is an honest model, beside which the others are to be 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 
-import torch
 from torch import Tensor
 
 import continual
-from tests.campaigns.evaluating import OFF, Ground
+from tests.campaigns.evaluating import OFF, Ground, ask_each_rule
 from tests.campaigns.redteam import Red, scaled
 
 RULES = ("tsv-m", "iso-c", "mean", "task-arithmetic", "opcm")
@@ -54,17 +52,10 @@ def asked(ground: Ground, rule: str) -> Iterator[Mapping[str, object]]:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for what is made, kept for the next time")
-    parser.add_argument("--rules", nargs="*", default=RULES)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    red = Red(args.work)
-    for rule in args.rules:
-        for line in asked(Ground(red, 6, rule=rule), rule):
-            print(json.dumps(line), flush=True)
+def ask(red: Red, rule: str) -> None:
+    for line in asked(Ground(red, 6, rule=rule), rule):
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    ask_each_rule(__doc__, RULES, ask)

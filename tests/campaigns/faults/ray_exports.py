@@ -19,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -28,9 +27,8 @@ from continual import api, making
 from continual.config import Settings
 from continual.executors.cluster_figures import FIGURES
 from continual.publish.folder import Target
-from tests.campaigns.faults.ray_kills import MARK, on_ray, working
+from tests.campaigns.faults.ray_kills import MARK, on_ray, two_nodes, working
 from tests.helpers import models
-from tests.helpers.clusters import cluster
 
 SHARD = 8 << 20
 
@@ -40,16 +38,16 @@ def weights(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.glob("*.safetensors")}
 
 
-def kill_a_writer(mark: str, seed: int, killed: list[int], over: threading.Event) -> None:
-    """Kills one worker that writes an export, after so many that were seen at work."""
+def kill_a_writer(work: Path, mark: str, seed: int, killed: list[int], over: threading.Event) -> None:
+    """Kills one worker that writes the export, whose files are there, after so many that were seen at work."""
     chance = random.Random(seed)
     left = chance.randrange(12)
     seen: set[tuple[int, bytes]] = set()
     while not over.is_set() and not killed:
-        for worker in working(mark):
+        for worker in working(mark) if any(work.glob(".export.*.tmp/*.safetensors")) else ():
             with contextlib.suppress(OSError):
                 title = Path(f"/proc/{worker}/cmdline").read_bytes()
-                if b".safetensors" not in title or (worker, title) in seen:
+                if (worker, title) in seen:
                     continue
                 seen.add((worker, title))
                 left -= 1
@@ -70,7 +68,7 @@ def worker_kills(work: Path, address: str, mark: str, kills: int) -> None:
         before = FIGURES.seen()
         killed: list[int] = []
         over = threading.Event()
-        killer = threading.Thread(target=kill_a_writer, args=(mark, number, killed, over))
+        killer = threading.Thread(target=kill_a_writer, args=(work, mark, number, killed, over))
         began = time.perf_counter()
         if number:
             killer.start()
@@ -156,11 +154,7 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=5)
     parser.add_argument("--rule", default="tsv-m")
     args = parser.parse_args()
-    mark = f"{os.getpid()}"
-    os.environ[MARK] = mark
-    with tempfile.TemporaryDirectory() as temporary, cluster(1, 1) as nodes:
-        work = Path(temporary)
-        base = models.base(work / "base", shapes=models.big_shapes(0.04, layers=8))
+    with two_nodes() as (work, base, nodes, mark):
         making.init(base, work / "state", making.Recipe(args.rule))
         with api.Merge(Settings(state=work / "state"), write=True) as merge:
             assert merge.fold(models.fine_tune(base, work / "tune", 1)).fate == "folded"

@@ -12,6 +12,7 @@ still write.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from continual import api, making
@@ -35,6 +37,15 @@ from tests.helpers.clusters import RayNodes, cluster
 
 MARK = "CONTINUAL_CAMPAIGN"
 ORDER = 4 << 20
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[tuple[Path, Path, RayNodes, str]]:
+    """A directory, a base in it, and a cluster whose processes have the mark that comes last."""
+    mark = os.environ[MARK] = f"{os.getpid()}"
+    with tempfile.TemporaryDirectory() as temporary, cluster(1, 1) as nodes:
+        base = models.base(Path(temporary) / "base", shapes=models.big_shapes(0.04, layers=8))
+        yield Path(temporary), base, nodes, mark
 
 
 def working(mark: str) -> list[int]:
@@ -210,11 +221,7 @@ def main() -> None:
     parser.add_argument("--rule", default="tsv-m")
     parser.add_argument("--nodes", type=int, default=3)
     args = parser.parse_args()
-    mark = f"{os.getpid()}"
-    os.environ[MARK] = mark
-    with tempfile.TemporaryDirectory() as temporary, cluster(1, 1) as nodes:
-        work = Path(temporary)
-        base = models.base(work / "base", shapes=models.big_shapes(0.04, layers=8))
+    with two_nodes() as (work, base, nodes, mark):
         worker_kills(work, base, nodes.address, mark, args.kills, args.rule)
         node_kills(work, nodes, args.nodes)
         driver_kills(work, nodes.address, args.drivers)
