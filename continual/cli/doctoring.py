@@ -13,8 +13,9 @@ app = typer.Typer(rich_markup_mode=None)
 @app.command()
 @takes(*[name for name in FLAGS if name != "json"], "json")
 def doctor(*, flags: Flags) -> None:
-    """Look whether all is there that the daemon will need: settings, state, disk, base, folders, device, memory, Hub;
-    say what to do where it is not. Nothing is changed. The exit code is 3 where something is missing."""
+    """Look whether all is there that the daemon will need: settings, state, disk, base, folders, device, memory, Hub,
+    and each machine of a cluster; say what to do where it is not. Nothing is changed. The exit code is 3 where
+    something is missing."""
     from continual.service import doctor as service
 
     settings = opened.settings(flags)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import queue
+import re
 import signal
 import sys
 import textwrap
@@ -23,6 +24,9 @@ NODES = 5.0
 """Seconds after which the cluster is asked again which machines it has."""
 NODE = ("NodeID", "NodeManagerAddress", "Alive", "Resources")
 """What is told of each."""
+
+
+_ON = re.compile(r"\(pid=\d+, ip=([^\s,)]+)")
 
 
 class SendOrder(NamedTuple):
@@ -149,8 +153,9 @@ def _drive(ray: Any, inbox: queue.SimpleQueue[object], tell: Any) -> None:
     async def follow(number: int, said: Any) -> None:
         try:
             came = await _followed(ray, number, said, tell)
-        finally:
-            running.pop(number, None)
+        except Exception as error:  # whatever it is: somebody waits
+            came = Came(number, None, f"{type(error).__name__}: {error}", lost=True)
+        running.pop(number, None)
         tell(came)
 
     while True:
@@ -183,10 +188,17 @@ async def _followed(ray: Any, number: int, said: Any, tell: Any) -> Came:
                 return Came(number, found)
             tell(Began(number, *found))
     except ray.exceptions.RayTaskError as error:
-        return Came(number, None, _line(error), machine=str(error.ip))
+        return Came(number, None, _line(error), machine=_where(error))
     except Exception as error:
         return Came(number, None, _line(error), lost=True)
     return Came(number, None, "its worker gave no answer", lost=True)
+
+
+def _where(error: Exception) -> str:
+    """The address of the machine on which a worker could not begin an order, as the error of Ray says it in its words:
+    where the function cannot be loaded, nowhere else; empty where it does not."""
+    found = _ON.search(str(error))
+    return found[1] if found else ""
 
 
 def _placed(order: SendOrder) -> dict[str, Any]:
@@ -206,4 +218,6 @@ def _line(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     shown = cause if isinstance(cause, Exception) else error
     lines = [line.strip() for line in str(shown).splitlines() if line.strip()] or [""]
+    if "failed to import on the worker" in str(shown):  # why not stands at the end of a trace
+        return textwrap.shorten(lines[-1], 220, placeholder=" …")
     return textwrap.shorten(f"{type(shown).__name__}: {lines[0]}", 220, placeholder=" …")

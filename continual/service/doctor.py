@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 from continual.api import Merge
 from continual.config import Settings
@@ -20,6 +20,8 @@ from continual.errors import ContinualError
 from continual.hub.locate import Places
 from continual.outside import counted
 from continual.service import asking, daemon
+from continual.service.doctor_cluster import cluster
+from continual.service.findings import Finding, Level
 from continual.service.web import listen
 from continual.state import heartbeat, lock
 from continual.state.software import software
@@ -29,7 +31,6 @@ from continual.texts import size
 if TYPE_CHECKING:
     from continual.hub import Hub
 
-Level = Literal["ok", "warn", "fail"]
 NETWORK = ("9p", "afs", "ceph", "cifs", "davfs", "fuse.sshfs", "glusterfs", "lustre", "nfs", "nfs4", "smb3", "smbfs")
 """File systems of which some ignore `flock` or answer before data is on a disk."""
 _FILES = 1024
@@ -38,15 +39,6 @@ _SKEW = 60.0
 """Seconds by which clocks may differ."""
 _SECONDS = 15.0
 """Seconds that the Hub may take to answer."""
-
-
-class Finding(NamedTuple):
-    """What was found of one thing: `told` in a sentence, and `todo` where something is to be done."""
-
-    about: str
-    level: Level
-    told: str
-    todo: str = ""
 
 
 Check = Callable[[Settings, "Hub | None"], Iterator[Finding]]
@@ -261,6 +253,7 @@ CHECKS: dict[str, Check] = {
     "device": _device,
     "machine": _machine,
     "hub": _hub,
+    "cluster": cluster,
 }
 """Every check, by what it is about, in the order in which a person would look."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from continual.errors import Busy, Damaged, Misconfigured, Refuse, Retry
-from continual.executors import away
+from continual.executors import away, driving
 from continual.executors.away import WorkAnswer, answered, software
 from continual.executors.orders import WorkJob
 
@@ -114,3 +114,18 @@ def test_other_software_is_named() -> None:
     assert isinstance(found, Retry)
     assert "torch" in str(found)
     assert "and the driver has 1.0: install the same on every machine (on the machine 10.0.0.3)" in str(found)
+
+
+IN_WORDS = """\x1b[36mray::answered()\x1b[39m (pid=28953, ip=10.0.0.7)
+RuntimeError: The remote function failed to import on the worker. This may be because of sys.path ['/x']:
+
+\x1b[36mray::answered()\x1b[39m (pid=28953, ip=10.0.0.7)
+ModuleNotFoundError: No module named 'continual'"""
+
+
+def test_where_continual_cannot_be_loaded_its_words_say_why_and_where() -> None:
+    """Ray says where in the words alone; without it one such machine would end every fold."""
+    error = RuntimeError(IN_WORDS)
+    assert driving._where(error) == "10.0.0.7"
+    assert driving._line(error) == "ModuleNotFoundError: No module named 'continual'"
+    assert driving._where(RuntimeError("nothing")) == ""
