@@ -92,6 +92,7 @@ class NotConnected(NamedTuple):
 
 def main(fd: int, address: str) -> None:
     """Drives the cluster at `address` until the other end of the socket `fd` is closed."""
+    _ignore_signals()
     os.set_inheritable(fd, False)  # who has this end keeps the other one from seeing that this process has ended
     link, inbox = Connection(fd), queue.SimpleQueue[object]()
     threading.Thread(target=_receive, args=(link, inbox), daemon=True).start()
@@ -104,7 +105,6 @@ def main(fd: int, address: str) -> None:
             link.send(message)
 
     tell(RayLoaded())
-    _ignore_signals()
     try:
         ray.init(address, namespace="continual", log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
@@ -128,6 +128,11 @@ def _receive(link: Connection, inbox: queue.SimpleQueue[object]) -> None:
         while True:
             inbox.put(link.recv())
     except (EOFError, OSError):
+        pass
+    except Exception as error:  # whatever it is, nobody else would see that the other end is closed
+        sys.stderr.write(f"what is to be done cannot be read: {_line(error)}\n")
+        sys.stderr.flush()
+    finally:
         os._exit(0)
 
 

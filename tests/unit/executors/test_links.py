@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -184,6 +187,42 @@ def test_a_signal_to_all_processes_of_a_service_ends_no_driver(job: MarkJob, tmp
     os.kill(link_to(address, lambda: None)._driver.pid, signal.SIGTERM)
     (tmp_path / "go").touch()
     assert [name for name, _ in results] == ["after-go"]
+
+
+def test_a_signal_to_all_processes_of_a_service_ends_no_driver_that_still_loads_ray() -> None:
+    """Else what drains would be told that there is no cluster."""
+    pytest.importorskip("ray")
+    mine, others = socket.socketpair()
+    with mine, others:
+        fd = others.fileno()
+        driver = subprocess.Popen([sys.executable, "-c", links._CODE, str(fd), "127.0.0.1:1"], pass_fds=[fd])
+        others.close()
+        try:
+            until(lambda: select.select([mine], [], [], 0)[0] or ignores(driver.pid, signal.SIGTERM), "it ignores it")
+            assert not select.select([mine], [], [], 0)[0], "it said that Ray is loaded"
+        finally:
+            driver.kill()
+            driver.wait()
+
+
+def test_a_driver_that_cannot_read_what_to_do_ends() -> None:
+    """It would not see any more that who has the work is gone."""
+    pytest.importorskip("ray")
+    mine, others = socket.socketpair()
+    with mine, others:
+        fd = others.fileno()
+        command = [sys.executable, "-c", links._CODE, str(fd), "127.0.0.1:1"]
+        driver = subprocess.Popen(command, pass_fds=[fd], stderr=subprocess.PIPE)
+        mine.sendall(b"\0\0\0\2no")
+        _, said = driver.communicate(timeout=60)
+        assert b"what is to be done cannot be read: UnpicklingError" in said
+
+
+def ignores(pid: int, number: signal.Signals) -> bool:
+    """Whether a process ignores a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = next(int(line.split()[1], 16) for line in lines if line.startswith("SigIgn:"))
+    return bool(mask >> (number - 1) & 1)
 
 
 def test_work_of_two_threads_is_kept_apart(job: MarkJob, tmp_path: Path) -> None:
