@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -70,6 +70,7 @@ class ClusterLink:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._waiting: dict[int, Answers] = {}
+        self._users = 0
         self._said: deque[str] = deque(maxlen=20)
         self._failed = ""
         self._loaded, self._up, self._over = threading.Event(), threading.Event(), threading.Event()
@@ -113,6 +114,25 @@ class ClusterLink:
     def silent(self) -> float:
         """Seconds since the cluster last said which machines it has."""
         return time.monotonic() - self._answered
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """While it lasts, somebody has work for this driver. Where the settings name another cluster by its end, and
+        nobody else has, the driver ends."""
+        with _LINKING:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with _LINKING:
+                self._users -= 1
+                self.end_unused()
+
+    def end_unused(self) -> None:
+        """Ends the driver of a cluster that the settings name no more, unless somebody has work for it; `_LINKING` is
+        held."""
+        if self.address in _LEFT and not self._users:
+            self.close()
 
     def job(self, job: str, pickled: bytes | None) -> None:
         """Sends a job, before its first order; without bytes: it is over."""
@@ -269,6 +289,8 @@ class ClusterLink:
 Answers = queue.SimpleQueue[Began | Came | None]
 """Where it comes in what is heard of orders; None: the driver has ended, and nothing more will come."""
 _LINKS: dict[str, ClusterLink] = {}
+_LEFT: set[str] = set()
+"""Addresses that the settings named before."""
 _LINKING = threading.Lock()
 
 
@@ -280,3 +302,13 @@ def link_to(address: str, go_on: GoOn) -> ClusterLink:
         if found is None or not found.is_up:
             found = _LINKS[address] = ClusterLink(address, go_on)
         return found
+
+
+def only(address: str | None) -> None:
+    """The settings name the cluster at this address from now on, or none: drivers of others end, each once nobody has
+    work for it any more."""
+    with _LINKING:
+        _LEFT.update(_LINKS.keys() - {address})
+        _LEFT.discard(address or "")
+        for link in _LINKS.values():
+            link.end_unused()

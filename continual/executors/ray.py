@@ -91,7 +91,7 @@ class OnRay:
     def _drive(self, waiting: Sequence[Sequence[Task[T]]]) -> Iterator[tuple[str, T]]:
         asked, link = self._asked, self._linked()
         limits = SendLimits(asked.workers, asked.tries, asked.seconds)
-        with FIGURES.driving(len(waiting)) as driven:
+        with link.used(), FIGURES.driving(len(waiting)) as driven:
             yield from Sending[T](link, limits, partial(self._options, link), driven, self._go_on).run(waiting)
         _log.info("%s", told(driven))
 

@@ -12,6 +12,7 @@ from continual import gates
 from continual.api import Merge
 from continual.config import Settings
 from continual.errors import ContinualError
+from continual.executors import links
 from continual.hub import must_be_online
 from continual.publish import bom
 from continual.service import logs, telling, view_settings
@@ -176,6 +177,7 @@ class Reloading:
         except ContinualError:
             self._merge.settings = before
             raise
+        links.only(wanted.ray.address if wanted.executor == "ray" else None)
         return changed
 
     def _check_views(self, wanted: Settings) -> None:

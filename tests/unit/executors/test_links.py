@@ -142,6 +142,33 @@ def test_an_answer_that_cannot_be_read_ends_the_driver(drivers: Callable[..., On
         list(executor.map(tasks(job, ["plain-0"])))
 
 
+def test_a_driver_of_a_cluster_that_the_settings_name_no_more_ends_once_it_has_nothing_to_do(
+    drivers: Callable[..., OnRay],
+) -> None:
+    executor = drivers("while True: link.recv()")
+    assert executor.workers == 1
+    address = executor._asked.address
+    link = link_to(address, lambda: None)
+    try:
+        with link.used(), link.used():
+            links.only("10.0.0.9:6379")
+            assert link.is_up
+        assert not link.is_up
+        assert link._driver.poll() is not None
+        link = link_to(address, lambda: None)  # a fold under way goes on with the settings that it began with
+        with link.used():
+            assert link.is_up
+        assert not link.is_up
+        link = link_to(address, lambda: None)
+        with link.used():
+            links.only(address)
+        assert link.is_up, "the settings name it again"
+        links.only(None)
+        assert not link.is_up
+    finally:
+        links.only(address)
+
+
 def of_clusters() -> list[str]:
     """The threads that drivers have here."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("cluster-")]
