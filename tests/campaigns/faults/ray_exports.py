@@ -5,7 +5,8 @@
 Two nodes on loopback. In each export one worker process that is doing an order gets SIGKILL at a random moment: the
 export has to be byte for byte that of a process alone, with every other order done once. Then the driver gets SIGKILL
 in the middle of an export, while workers may still write: no export is there, and the next one to the same place is
-whole and removes what the killed one left. Then it gets SIGINT: it ends soon, and nothing is left.
+whole and removes what the killed one left. Then it gets SIGINT: it ends soon, and nothing is left. Then a daemon that
+puts out its link gets SIGTERM: it ends well, and the next one puts out the same.
 """
 
 from __future__ import annotations
@@ -147,11 +148,72 @@ def driver_ends(work: Path, address: str, times: int, number: signal.Signals) ->
         shutil.rmtree(target)
 
 
+DAEMON = """
+import sys
+from functools import partial
+from continual.api import opened_state
+from continual.cli.main import main
+from continual.executors.ray import RayAsked
+from tests.campaigns.faults.ray_kills import ORDER
+opened_state.RayAsked = partial(RayAsked, order=ORDER)
+sys.argv[1:] = ["run", "--executor", "ray", "--ray", "address=" + sys.argv[1], "--port", "0", *sys.argv[2:]]
+main()
+"""
+
+
+def daemon_stops(work: Path, address: str, times: int) -> None:
+    """SIGTERM for a daemon in the middle of the export of its link; with time to end it, and without. Then the next
+    daemon makes it, and the link names what a process alone makes."""
+    state, out = work / "state", work / "published"
+    expected = weights(work / "alone-whole")
+    chance = random.Random(1)
+    (work / "in").mkdir()
+    flags = ("--state", str(state), "--current", str(out / "current"), "--watch", str(work / "in"))
+
+    def started(drain: float) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", DAEMON, address, *flags, "--drain", str(drain)]
+        environment = {name: value for name, value in os.environ.items() if name != MARK}
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+    for turn in range(2 * times):
+        drain = 30.0 if turn % 2 else 0.0
+        out.mkdir()
+        daemon = started(drain)
+        while not list(out.glob(".*.tmp/*.safetensors")) and not (out / "current").exists():
+            assert daemon.poll() is None, daemon.communicate()
+            time.sleep(0.005)
+        time.sleep(chance.random() * 0.5)
+        began = time.perf_counter()
+        daemon.send_signal(signal.SIGTERM)
+        _, said = daemon.communicate(timeout=90)
+        seconds = time.perf_counter() - began
+        left = sorted(path.name for path in out.iterdir())
+        whole = (out / "current").exists()
+        print(
+            f"SIGTERM {turn}, drain {drain:g}: exit {daemon.returncode} after {seconds:.1f} s, "
+            f"{'the link is there' if whole else 'no link'}, in its folder {left}",
+            flush=True,
+        )
+        assert daemon.returncode == 0, said
+        assert not [name for name in left if name.endswith(".tmp")], said
+        assert not whole or weights(out / "current") == expected
+        following = started(30.0)
+        while not (out / "current").exists():
+            assert following.poll() is None, following.communicate()
+            time.sleep(0.05)
+        following.send_signal(signal.SIGTERM)
+        following.communicate(timeout=90)
+        assert weights(out / "current") == expected
+        assert len(list(out.iterdir())) == 2, "the link, and what it names"
+        shutil.rmtree(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--drivers", type=int, default=5)
     parser.add_argument("--stops", type=int, default=5)
+    parser.add_argument("--daemons", type=int, default=3)
     parser.add_argument("--rule", default="tsv-m")
     args = parser.parse_args()
     with two_nodes() as (work, base, nodes, mark):
@@ -162,6 +224,7 @@ def main() -> None:
         worker_kills(work, nodes.address, mark, args.kills)
         driver_ends(work, nodes.address, args.drivers, signal.SIGKILL)
         driver_ends(work, nodes.address, args.stops, signal.SIGINT)
+        daemon_stops(work, nodes.address, args.daemons)
 
 
 if __name__ == "__main__":
