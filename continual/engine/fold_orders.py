@@ -250,7 +250,8 @@ class FoldOrders:
         """The candidate as several processes read it."""
         sources, vectors = self._sources, self.vectors
         files = [*sources.model.files, *(sources.shipped.files if sources.shipped is not None else ())]
-        pieces = {s.name: PieceReads(vectors.extents(s.name), 2 * s.nbytes) for s in specs if vectors.has(s.name)}
+        mine = [spec for spec in specs if self._executor.elsewhere and vectors.has(spec.name)]
+        pieces = {spec.name: PieceReads(vectors.extents(spec.name), 2 * spec.nbytes) for spec in mine}
         weights = [file.name for file in files if file.name.endswith(".safetensors")]
         return PartsOfRepo(sources.model.place, weights, pieces, full=isinstance(sources.model, Checkpoint))
 

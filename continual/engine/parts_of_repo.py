@@ -164,8 +164,8 @@ class PartsOfRepo:
         try:
             yield
         except NotForWorker as error:
-            if self._place is None:
-                raise
+            if self._place is None:  # a base from the Hub
+                raise Trouble(f"{error}; nothing was settled", Fault.DENIED) from error
             self._place.must_be_readable(self._files[0].name)
             raise Trouble(
                 f"{error}; this machine may read it: give that one a login of the Hub that may, too (HF_TOKEN, or "

@@ -44,6 +44,7 @@ from continual.executors.cluster_figures import FIGURES
 from continual.executors.contract import Executor
 from continual.executors.local import Local
 from continual.executors.ray import OnRay, RayAsked
+from continual.hub import Hub
 from continual.state import State, storing
 from continual.state.verify import verify
 from continual.stores import Where, where
@@ -85,15 +86,15 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {name}, {platform.system()}, torch {torch.__version__}, load {load:.0f}"
 
 
-def opened(state: Where, executor: Executor) -> api.Merge:
-    """A merge whose work `executor` does."""
+def opened(state: Where, executor: Executor, client: Hub | None = None) -> api.Merge:
+    """A merge whose work `executor` does; `client` asks the Hub."""
 
     class By(api.Merge):
         @property
         def executor(self) -> Executor:
             return executor
 
-    return By(Settings(state=state, keep=1, missing="unchanged"), write=True)
+    return By(Settings(state=state, keep=1, missing="unchanged"), write=True, client=client)
 
 
 def timed(work: Callable[[], str]) -> Turn:

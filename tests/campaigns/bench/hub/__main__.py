@@ -1,8 +1,8 @@
 """What the Hub costs: folding a model that is streamed against the same fold from a folder, candidates refused by their
-headers, and a webhook's way to a commit.
+headers, a webhook's way to a commit, and folds by a Ray cluster.
 
-    python -m tests.campaigns.bench.hub [folds] [latency] [small] [webhook] [refused] [--gigabytes 1.0] [--repeat 3]
-    [--work DIR]
+    python -m tests.campaigns.bench.hub [folds] [latency] [small] [webhook] [refused] [cluster] [--gigabytes 1.0]
+    [--repeat 3] [--work DIR]
 
 The loopback Hub (tests/loopback) runs in this process, every fold in one of its own with an empty HF_HOME, TMPDIR, HOME
 and working directory. The ways of one rule are run in turn, each `--repeat` times, and medians shown; wall time has the
@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tests.campaigns.bench.hub.by_cluster import by_cluster
 from tests.campaigns.bench.hub.compared import RULES, WAYS, folds, latency, small
 from tests.campaigns.bench.hub.told import webhook
 from tests.campaigns.bench.hub.turned_away import refused
@@ -27,6 +28,7 @@ PARTS: Mapping[str, Callable[[Path, Hub, argparse.Namespace], None]] = {
     "small": small,
     "latency": latency,
     "folds": folds,
+    "cluster": by_cluster,
 }
 
 
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--workers", type=int, default=0, help="tensors at a time; 0: one per core")
+    parser.add_argument("--rate", type=float, default=0.0, help="of the Hub, MB/s for each connection of the cluster")
     parser.add_argument("--pushes", type=int, default=20)
     parser.add_argument("--work", type=Path, help="an empty directory; default: a temporary one")
     args = parser.parse_args()
