@@ -1,5 +1,5 @@
-"""Parts of a file that several read: whoever reads a tensor makes the same marks; a bit that one of them got otherwise is
-found, and what nobody hashed is told."""
+"""Parts of a file that several read: whoever reads a tensor makes the same marks; a bit that one of them got otherwise
+is found, and what nobody hashed is told."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Shelf:
 
     def part(self, extents: list[tuple[int, int]], *, whole: bool = False) -> FilesRead:
         """What one reads who is to read these."""
-        reader = PartReader(self.store, "o/m", "1" * 40, [self.file], {}, ["0"] if whole else ())  # type: ignore[arg-type]
+        names = ["0"] if whole else []
+        reader = PartReader(self.store, "o/m", "1" * 40, [self.file], {}, names)  # type: ignore[arg-type]
         try:
             reader.expect([(0, *extent) for extent in extents])
             for start, nbytes in extents:
