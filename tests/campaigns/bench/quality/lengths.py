@@ -41,6 +41,8 @@ HEADING, MERGED, RULE, LESS, NEUTRAL = (
     "neutral perplexity",
 )
 POWERS, GROWTHS = (1.0, 1.25, 1.5, 1.75, 2.0), (0.0, 0.125, 0.25, 0.375, 0.5)
+LONGER = 2.0**0.25
+"""A constant that is shown besides, without being fitted: × 1.19."""
 CONSTANTS = tuple(2.0 ** (step / 8) for step in range(-8, 9))
 
 
@@ -281,8 +283,7 @@ def perplexities(some: Sequence[Cell], multiples: Sequence[float]) -> Iterator[s
 
 def laws(some: Sequence[Cell]) -> Iterator[str]:
     """Laws that were fitted without a suite, and what the default gains on them there."""
-    names = ("c", "c and power", "c and growth", "all three")
-    kinds = (((1.5,), (0.0,)), (POWERS, (0.0,)), ((1.5,), GROWTHS), (POWERS, GROWTHS))
+    kinds = {"c": ((1.5,), (0.0,)), "c and power": (POWERS, (0.0,)), "all three": (POWERS, GROWTHS)}
     yield f"| {RULE} | left out | fitted on the others | law | default less it | by cell |"
     yield "|---" * 6 + "|"
     for rule in dict.fromkeys(cell.rule for cell in some):
@@ -290,11 +291,10 @@ def laws(some: Sequence[Cell]) -> Iterator[str]:
         for left in (*sorted({cell.suite for cell in mine}), "none"):
             others = [cell for cell in mine if cell.suite != left]
             judged = [cell for cell in mine if left in (cell.suite, "none")]
-            for name, (powers, growths) in zip(names, kinds, strict=True):
+            for name, (powers, growths) in kinds.items():
                 if others:
                     yield _law(left, name, fitted(others, powers, growths), judged)
-        for growth in GROWTHS[1:3]:
-            yield _law("none", "nothing", Law(growth=growth), mine)
+        yield _law("none", "nothing", Law(LONGER), mine)
 
 
 def _law(left: str, fitted_on: str, law: Law, some: Sequence[Cell]) -> str:
