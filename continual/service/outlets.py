@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from continual.api import Merge
-from continual.errors import ContinualError, Misconfigured, Retry
+from continual.errors import Abandoned, ContinualError, Misconfigured, Retry
 from continual.hub import Trouble
 from continual.publish.published import Published
 from continual.retrying import PARKED, Fault, retry_delay
@@ -116,6 +116,9 @@ class Outlets:
                 failures = 0
                 self.health.works(what, which)
                 self.told()
+            except Abandoned as error:
+                self._log.info("abandoned", what=which, error=str(error))
+                return
             except Exception as error:  # whatever it is, the folds go on
                 failures += 1
                 delay = again_after(error, failures) if what == "release" else retry_delay(failures)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from continual import api, making
 from continual.api import Merge
 from continual.config import Settings
+from continual.errors import Abandoned
 from continual.state import State
 from continual.state.verify import verify
 from tests.helpers import command, models, running
@@ -142,6 +144,49 @@ def test_a_failed_publication_is_tried_again(place: tuple[Path, Path, Path]) -> 
         link.rmdir()
         until(link.is_symlink, "it is tried again without another fold")
         until((link / "continual.json").is_file, "the release is whole")
+
+
+def test_a_publication_that_a_stop_gives_up_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a cluster writes it while a fold is drained: nothing is wrong, and the next start makes it."""
+    base = models.base(tmp_path / "base")
+    making.init(base, tmp_path / "state")
+    models.fine_tune(base, tmp_path / "in/alice", 1)
+    begun, said = threading.Event(), [""]
+
+    def is_said() -> bool:
+        said[0] += capsys.readouterr().err
+        return any(word in said[0] for word in ("abandoned", "publish failed"))
+
+    def visit(address: str) -> None:
+        until(begun.is_set, "a publication has begun")
+        models.fine_tune(base, tmp_path / "in/bob", 2)
+        until(lambda: status(address)["current"], "another fold has begun")
+
+    settings = Settings(
+        state=tmp_path / "state", watch=[tmp_path / "in"], settle=0.05, drain=0.0, current=tmp_path / "out/current"
+    )
+    with Merge(settings, write=True) as merge:
+
+        def given_up(*_given: Any, **_named: Any) -> Path:
+            begun.set()
+            assert merge.stopping.wait(LIMIT)
+            raise Abandoned("the work was given up because continual is stopping")
+
+        fold = merge.fold
+
+        def drained(*given: Any, **named: Any) -> Any:
+            if begun.is_set():
+                until(is_said, "what became of the publication is in the log")
+            return fold(*given, **named)
+
+        monkeypatch.setattr(merge, "export", given_up)
+        monkeypatch.setattr(merge, "fold", drained)
+        running.until(running.made(merge), visit)
+    events = [json.loads(line) for line in (said[0] + capsys.readouterr().err).splitlines()]
+    assert [(one["event"], one["level"]) for one in events if one.get("what") == "publish"] == [("abandoned", "info")]
+    assert [one for one in events if one["level"] == "error"] == []
 
 
 def test_a_daemon_that_drains_lives_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
