@@ -53,6 +53,8 @@ class _Order(Generic[T]):
         self.machine = ""
         self.node = ""
         self.began: float | None = None
+        self.avoids: frozenset[str] = frozenset()
+        """Ids of machines that may not do it, as it was sent."""
 
     def left(self, ids: frozenset[str]) -> None:
         """It is not where it was any more, which Ray knows under these ids."""
@@ -124,6 +126,7 @@ class Sending(Generic[T]):
             self._link.job(what.job.id, pickle.dumps(what.job))
             self._jobs.add(what.job.id)
         avoid = self._avoid(order, options)
+        order.avoids = frozenset(avoid)
         number = self._link.order(SendOrder(0, what.job.id, what.names, software(), options, avoid), self._answers)
         self._running[number] = order
         self._driven.sent(order.name, len(order.group))
@@ -222,6 +225,7 @@ class Sending(Generic[T]):
         if now < self._looked + LOOK:
             return found
         self._looked = now
+        found += self._stranded()
         for number, order in list(self._running.items()):
             bound = self._limits.seconds or order_bound(self._slowest, order.slow)
             if order.began is None or now - order.began <= bound:
@@ -234,6 +238,17 @@ class Sending(Generic[T]):
             self._accuse(machine, ids, why, f"that order, which begins with {order.name}, is ended and sent to another")
             found.append(order)
         return found
+
+    def _stranded(self) -> list[_Order[T]]:
+        """Orders that wait for a machine which none is any more: those that may do them have gone. They are sent out
+        anew, to whoever is there."""
+        waiting = [(number, one) for number, one in self._running.items() if one.avoids and one.began is None]
+        there = self._fitting(self._options(waiting[0][1].group)) if waiting else frozenset()
+        found = [(number, one) for number, one in waiting if there and there <= one.avoids]
+        for number, _ in found:
+            del self._running[number]
+            self._link.drop(number)
+        return [one for _, one in found]
 
     def _again(self, order: _Order[T], why: str) -> tuple[str, frozenset[str]]:
         """Counts an order that a machine did not give back; which machine, and by which ids Ray knows it. Raises Retry

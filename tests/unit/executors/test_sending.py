@@ -1,9 +1,11 @@
-"""Orders that do not come back from a machine, on a real cluster of two: others do them, and it is left alone."""
+"""Orders that do not come back from a machine, on a real cluster of two: others do them, and it is left alone. What
+comes when a machine goes meanwhile is asked of a link without a cluster."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import secrets
 import threading
 from collections.abc import Iterator
@@ -12,7 +14,11 @@ from pathlib import Path
 import pytest
 
 from continual.errors import Abandoned, Refuse, Retry
-from continual.executors.cluster_figures import FIGURES
+from continual.executors import sending
+from continual.executors.away import WorkAnswer
+from continual.executors.cluster_figures import FIGURES, RayFigures
+from continual.executors.driving import Began, Came, SendOrder
+from continual.executors.links import Answers
 from continual.executors.local import Local
 from continual.executors.ray import OnRay, RayAsked
 from tests.helpers import on_cluster
@@ -22,14 +28,14 @@ from tests.helpers.services import until
 MACHINES = ["127.0.0.2", "127.0.0.3"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _forgiven() -> Iterator[None]:
     yield
     FIGURES.avoided.forgive(on_cluster.address(), MACHINES)
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> MarkJob:
+def job(tmp_path: Path, _forgiven: None) -> MarkJob:
     return MarkJob(secrets.token_hex(8), tmp_path)
 
 
@@ -145,3 +151,59 @@ def test_which_machine_works_on_what_is_known_at_once(job: MarkJob) -> None:
     finally:
         stopping.set()
         worker.join()
+
+
+class Link:
+    """Two machines, of which the first cannot do an order, and the second goes when it is asked. `asked`: which ids
+    each order that was sent might not be done on."""
+
+    address = "head"
+
+    def __init__(self) -> None:
+        self.nodes = [node("10.0.0.1", "a"), node("10.0.0.2", "b")]
+        self.asked: list[tuple[str, ...]] = []
+        self.dropped: list[int] = []
+
+    def order(self, order: SendOrder, to: Answers) -> int:
+        number = len(self.asked)
+        self.asked.append(order.avoid)
+        if number == 1:
+            del self.nodes[1]
+            return number
+        error = OSError("its disk is full") if number == 0 else None
+        to.put(Began(number, "10.0.0.1", "a"))
+        to.put(Came(number, pickle.dumps(WorkAnswer((Mark("x", 1),), error, "10.0.0.1", 0.1))))
+        return number
+
+    def drop(self, number: int) -> None:
+        self.dropped.append(number)
+
+    def end(self, numbers: list[int], _answers: Answers) -> None:
+        assert numbers == []
+
+    def job(self, _job: str, _pickled: bytes | None) -> None:
+        pass
+
+
+def node(address: str, identity: str) -> dict[str, object]:
+    return {"NodeID": identity, "NodeManagerAddress": address, "Resources": {"CPU": 1.0, "memory": 1e9}}
+
+
+def test_an_order_goes_back_to_a_machine_where_all_others_have_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "LOOK", 0.01)
+    link, figures, looks = Link(), RayFigures(), iter(range(500))
+    options = {"num_cpus": 1, "num_gpus": 0, "memory": 1, "name": "x"}
+    with figures.driving(1) as driven:
+        sent = sending.Sending[Mark](
+            link,  # type: ignore[arg-type]
+            sending.SendLimits(1, 3, None),
+            lambda _group: options,
+            driven,
+            lambda: next(looks),
+        )
+        assert list(sent.run([tasks(MarkJob("stranded", tmp_path), ["x"])])) == [("x", Mark("x", 1))]
+    FIGURES.avoided.forgive("head", ["10.0.0.1"])
+    assert link.asked == [(), ("a",), ()]
+    assert link.dropped == [1]
