@@ -109,7 +109,7 @@ class SharedSpool:
                     done += count
         except OSError:
             return None
-        return found if blake3(data).hexdigest() == self.kept[name] else None
+        return found if done == len(data) and blake3(data).hexdigest() == self.kept[name] else None
 
     def _file(self, name: str) -> Path:
         return self.directory / blake3(name.encode()).hexdigest(16)

@@ -157,7 +157,7 @@ def _without(
         found = []
         for rest, where in zip(kept, gone, strict=True):
             near, far = left.less(where), right.less(where)
-            found.append(Without(_square(rest, near, far), float(sigma @ (near.inner * far.inner) @ rest)))
+            found.append(Without(_square(rest, near, far), float(((near.inner * far.inner) * rest).sum(1) @ sigma)))
         return found
     (one, two), (three, four) = left.thin(gone), right.thin(gone)
     both = sigma * kept
