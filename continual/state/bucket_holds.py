@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import secrets
 import socket
@@ -27,6 +28,7 @@ _LEAST = 180.0
 waiting for an answer has given up by then, however short its lease was."""
 _LONGEST = 3600.0
 """Seconds of a lease at the most."""
+_log = logging.getLogger("continual.state")
 
 
 class WriterLease:
@@ -114,13 +116,22 @@ def _clear(path: ObjectPath, number: int, now: datetime) -> None:
 
 
 def _over(path: ObjectPath, number: int, now: datetime) -> None:
-    """Waits until nobody can hold the lease any more. Raises BlockingIOError where its holder is heard of."""
+    """Waits until nobody can hold the lease any more, and says so in the log. Raises BlockingIOError where its
+    holder is heard of."""
     file = _file(path, number)
     first = file.read_bytes()
     told = framing.said(first)
     lease = _seconds(told, path)
     if told.get("released") is True or heartbeat.ran_out(file.objects.head(file.key).modified, now, lease):
         return
+    _log.warning(
+        "%s: process %r on %r has it open for writing, or was killed: this waits for a sign of life, or for its lease "
+        "to run out, %.0f s at the most",
+        path.parent,
+        told.get("pid"),
+        told.get("host"),
+        lease,
+    )
     until = heartbeat.boottime() + lease
     while heartbeat.boottime() < until:
         time.sleep(min(_LOOKS, lease / heartbeat.BEATS))

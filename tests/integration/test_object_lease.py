@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import threading
 from collections.abc import Callable
 from urllib.parse import unquote, urlsplit
@@ -38,7 +40,7 @@ def test_a_second_writer_is_kept_out_and_the_first_may_be_followed(at: ObjectPat
     assert [int(name[:-5]) for name in storing.names(short / "lock")] == [2]
 
 
-def test_one_of_those_who_wait_for_a_dead_writer_follows_it(at: ObjectPath) -> None:
+def test_one_of_those_who_wait_for_a_dead_writer_follows_it(at: ObjectPath, caplog: pytest.LogCaptureFixture) -> None:
     short = where(str(at), 2.0)
     assert isinstance(short, ObjectPath)
     stores.make(short).close()
@@ -60,6 +62,10 @@ def test_one_of_those_who_wait_for_a_dead_writer_follows_it(at: ObjectPath) -> N
     for thread in threads:
         thread.join()
     assert (len(opened), len(busy)) == (1, 3)
+    assert (
+        f"{short}: process {os.getpid()} on '{socket.gethostname()}' has it open for writing, or was killed"
+        in caplog.text
+    )
     with opened[0] as state:
         assert stores.fold(state, 1) == 1
 
