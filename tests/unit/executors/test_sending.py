@@ -207,3 +207,34 @@ def test_an_order_goes_back_to_a_machine_where_all_others_have_gone(
     FIGURES.avoided.forgive("head", ["10.0.0.1"])
     assert link.asked == [(), ("a",), ()]
     assert link.dropped == [1]
+
+
+class Answering(Link):
+    """Two machines, of which the first cannot do an order, and the second can."""
+
+    def order(self, order: SendOrder, to: Answers) -> int:
+        number = len(self.asked)
+        self.asked.append(order.avoid)
+        machine, identity = ("10.0.0.1", "a") if number == 0 else ("10.0.0.2", "b")
+        error = OSError("its disk is full") if number == 0 else None
+        to.put(Began(number, machine, identity))
+        to.put(Came(number, pickle.dumps(WorkAnswer((Mark("x", 1),), error, machine, 0.1))))
+        return number
+
+
+def test_where_all_machines_are_avoided_an_order_does_not_go_back_to_the_one_it_failed_on(tmp_path: Path) -> None:
+    link, figures = Answering(), RayFigures()
+    FIGURES.avoided.avoid("head", "10.0.0.2", ["b"], "another work's")
+    try:
+        with figures.driving(1) as driven:
+            sent = sending.Sending[Mark](
+                link,  # type: ignore[arg-type]
+                sending.SendLimits(1, 3, None),
+                lambda _group: {"num_cpus": 1, "num_gpus": 0, "memory": 1, "name": "x"},
+                driven,
+                lambda: None,
+            )
+            assert list(sent.run([tasks(MarkJob("avoided", tmp_path), ["x"])])) == [("x", Mark("x", 1))]
+    finally:
+        FIGURES.avoided.forgive("head", ["10.0.0.1", "10.0.0.2"])
+    assert link.asked == [("b",), ("a",)]
