@@ -19,6 +19,8 @@ FIRST_AVOIDED, LONGEST_AVOIDED = 300.0, 3600.0
 SLOW, SLOWER, SLOWER_AGAIN = 1800.0, 10.0, 4.0
 """An order is ended that takes more than half an hour, and ten times as long as the slowest of its kind that is done;
 one that was ended is given four times as long, since an honest one may be the largest by far."""
+FIRST_START = 180.0
+"""Seconds in which a worker of a cluster begins with an order; it has Python and torch to load."""
 LONGEST_POLL = 3600.0
 REFUSALS = 3
 """When the Hub has refused the token so many times in a row, it is asked only once an hour."""
@@ -108,3 +110,9 @@ def order_bound(slowest: float, ended: int) -> float:
     """Seconds that a machine may work on an order, where the `slowest` that is done of the same work took so many, and
     this one was `ended` so often because of its time."""
     return max(SLOW, SLOWER * slowest) * SLOWER_AGAIN ** min(ended, 16)
+
+
+def start_bound(waits: int) -> float:
+    """Seconds for which it is waited that a worker begins with an order that was sent out anew so often because none
+    did."""
+    return FIRST_START * 2.0 ** min(waits, 16)

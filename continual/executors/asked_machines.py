@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from continual.errors import ContinualError
-from continual.executors.away import WorkAnswer, software
+from continual.executors.away import answer_of, software
 from continual.executors.driving import Came, SendOrder
 from continual.executors.links import Answers, ClusterLink
 from continual.executors.orders import WorkJob
@@ -169,9 +169,9 @@ def ask_machines(
 def _answer(came: Came) -> MachineLook | str:
     if came.answer is None:
         return f"cannot do orders: {came.why}"
-    answer: WorkAnswer = pickle.loads(came.answer)
-    if answer.error is not None:
-        return f"cannot do orders: {answer.error}"
+    answer = answer_of(came.answer)
+    if isinstance(answer, str) or answer.error is not None:
+        return f"cannot do orders: {answer if isinstance(answer, str) else answer.error}"
     look = answer.results[0]
     assert isinstance(look, MachineLook)
     return look

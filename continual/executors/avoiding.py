@@ -20,6 +20,10 @@ class NodeAvoided(NamedTuple):
     ids: frozenset[str]
     times: int
 
+    def lasts(self, now: float) -> bool:
+        """Whether it is avoided at this time. A clock that was set back does not make it longer."""
+        return self.since <= now < self.until
+
 
 class AvoidedNodes:
     """The machines of each cluster that are avoided, by the cluster's address and theirs. Thread-safe."""
@@ -35,7 +39,7 @@ class AvoidedNodes:
         with self._lock:
             of = self._found.get(cluster)
             now = self._clock() if of else 0.0
-            return {name: one for name, one in of.items() if one.until > now} if of else {}
+            return {name: one for name, one in of.items() if one.lasts(now)} if of else {}
 
     def avoid(self, cluster: str, machine: str, ids: Iterable[str], why: str) -> float:
         """A machine, which Ray knows under these ids, could not do what others may; for how many seconds it is avoided,
@@ -44,7 +48,7 @@ class AvoidedNodes:
         with self._lock:
             of = self._found.setdefault(cluster, {})
             before = of.get(machine)
-            if before is not None and before.until > now:  # it had several orders at a time
+            if before is not None and before.lasts(now):  # it had several orders at a time
                 return 0.0
             times = 1 if before is None else before.times + 1
             seconds = avoided_for(times)
@@ -62,7 +66,7 @@ class AvoidedNodes:
         now = self._clock()
         with self._lock:
             before = self._found.get(cluster, {}).get(machine)
-            if before is not None and before.until <= now:
+            if before is not None and not before.lasts(now):
                 del self._found[cluster][machine]
 
     def there(self, cluster: str, ids: Set[str]) -> None:

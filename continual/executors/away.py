@@ -57,6 +57,16 @@ def _answer(job: bytes, names: tuple[str, ...], versions: Mapping[str, str], mac
         return pickle.dumps(answer._replace(results=(), error=_of_worker(RuntimeError(said), machine)))
 
 
+def answer_of(data: bytes) -> WorkAnswer | str:
+    """The answer that these bytes are; in words why it cannot be read: where the worker has software that this process
+    has not, or in another version."""
+    try:
+        found = pickle.loads(data)
+    except Exception as error:
+        return f"its answer cannot be read here: {type(error).__name__}: {error}"
+    return found if isinstance(found, WorkAnswer) else "its answer is none that is known here"
+
+
 def software() -> dict[str, str]:
     """What has to be of the same version on every machine: it may give other bits where it is not."""
     return {"python": python_version(), **{name: version(name) for name in ("continual", "torch", "numpy")}}

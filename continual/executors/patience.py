@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from continual.errors import Retry
@@ -32,9 +32,10 @@ class Patience:
         """Something came."""
         self._since, self._next = self._clock(), QUIET
 
-    def look(self, link: ClusterLink, out: int, options: Mapping[str, Any]) -> None:
+    def look(self, link: ClusterLink, out: int, options: Mapping[str, Any], *, begun: bool = True) -> None:
         """Says in the log, more and more rarely, what is waited for: `out` orders, of which the oldest has these
-        options. Raises Retry where no machine can do it for a long time."""
+        options, and whether a worker has begun with one of them. Raises Retry where no machine can do it for a long
+        time."""
         waited = self._clock() - self._since
         room = any(fits(node["Resources"], options) for node in link.nodes)
         if not room and waited > NO_ROOM:
@@ -47,6 +48,13 @@ class Patience:
             _log.warning("%s: the cluster at %s has not answered for %.0f s", quiet, link.address, link.silent)
         elif not room:
             _log.warning("%s: %s", quiet, no_room(link, options))
+        elif not begun:
+            _log.warning(
+                "%s, and no worker began with one: %s alive; others have their cores, or their workers do not start: "
+                "the logs of Ray on them (/tmp/ray/session_latest/logs) say why",
+                quiet,
+                counted(len(link.nodes), "machine"),
+            )
         else:
             _log.info(
                 "%s: %s alive; others may have their cores. A process 'ray::%s' that hangs can be killed",
@@ -60,6 +68,22 @@ def fits(has: Mapping[str, float], options: Mapping[str, Any]) -> bool:
     """Whether a machine with these resources can do an order with these options of Ray at all."""
     asked = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options["memory"]}
     return all(has.get(name, 0) >= least for name, least in asked.items())
+
+
+def fitting(link: ClusterLink, options: Mapping[str, Any]) -> frozenset[str]:
+    """The ids of machines that are alive and can do an order with these options."""
+    return frozenset(str(node["NodeID"]) for node in link.nodes if fits(node["Resources"], options))
+
+
+def ids_of(link: ClusterLink, machine: str, node: str = "") -> frozenset[str]:
+    """Under which ids Ray knows the machine at an address; by its own words it is the node `node`."""
+    known = [str(one["NodeID"]) for one in link.nodes if one["NodeManagerAddress"] == machine]
+    return frozenset(known or ([node] if node else []))
+
+
+def addresses(link: ClusterLink, ids: Collection[str]) -> set[str]:
+    """Of the machines that Ray knows under these ids."""
+    return {str(node["NodeManagerAddress"]) for node in link.nodes if node["NodeID"] in ids}
 
 
 def no_room(link: ClusterLink, options: Mapping[str, Any]) -> str:

@@ -10,18 +10,18 @@ import pickle
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from continual.errors import Abandoned, NotHere, Refuse, Retry
-from continual.executors.away import WorkAnswer, software
+from continual.executors.away import WorkAnswer, answer_of, software
 from continual.executors.cluster_figures import FIGURES, DrivenWork
 from continual.executors.contract import Task
 from continual.executors.driving import Began, Came, SendOrder
 from continual.executors.links import Answers, ClusterLink
 from continual.executors.orders import order_of
-from continual.executors.patience import Patience, cores, fits
-from continual.retrying import order_bound
+from continual.executors.patience import Patience, addresses, cores, fitting, ids_of
+from continual.retrying import order_bound, start_bound
 
 T = TypeVar("T")
 LOOK = 0.5
@@ -41,20 +41,24 @@ class SendLimits(NamedTuple):
 
 
 class _Order(Generic[T]):
-    """An order, through all its tries: how often it was sent out again, and how often because of its time; by which
-    ids Ray knows the machines that it was on and did not come back from; where it is now, and since when."""
+    """An order, through all its tries: how often it was sent out again, how often because of its time, and because no
+    worker began with it; by which ids Ray knows the machines that it was on and did not come back from; when it was
+    sent, where it is now, and since when."""
 
     def __init__(self, group: Sequence[Task[T]]) -> None:
         self.group = group
         self.name = group[0].name
         self.tries = 0
         self.slow = 0
+        self.waits = 0
         self.was_on: dict[str, frozenset[str]] = {}
         self.machine = ""
         self.node = ""
         self.began: float | None = None
+        self.sent = 0.0
+        self.options: dict[str, Any] = {}
         self.avoids: frozenset[str] = frozenset()
-        """Ids of machines that may not do it, as it was sent."""
+        """What Ray was told of it as it was sent, and the ids of machines that may not do it."""
 
     def left(self, ids: frozenset[str]) -> None:
         """It is not where it was any more, which Ray knows under these ids."""
@@ -62,6 +66,10 @@ class _Order(Generic[T]):
             self.was_on[self.machine] = ids
         self.tries += 1
         self.machine, self.node, self.began = "", "", None
+
+    def is_late(self, now: float) -> bool:
+        """Whether a worker should have begun with it by now."""
+        return self.began is None and now - self.sent > start_bound(self.waits)
 
     @property
     def ids(self) -> frozenset[str]:
@@ -85,7 +93,11 @@ class Sending(Generic[T]):
         self._running: dict[int, _Order[T]] = {}
         self._jobs: set[str] = set()
         self._slowest = self._looked = 0.0
+        self._alive: frozenset[str] | None = None
+        """Ids of the machines that were there at the last look."""
         self._deaths: dict[str, int] = {}
+        self._begins: dict[str, float] = {}
+        """When a machine last began with an order."""
         self._apart: set[str] = set()
         """Ids of machines that do not see what this work needs."""
         self._accused: set[str] = set()
@@ -126,7 +138,7 @@ class Sending(Generic[T]):
             self._link.job(what.job.id, pickle.dumps(what.job))
             self._jobs.add(what.job.id)
         avoid = self._avoid(order, options)
-        order.avoids = frozenset(avoid)
+        order.sent, order.options, order.avoids = time.monotonic(), options, frozenset(avoid)
         number = self._link.order(SendOrder(0, what.job.id, what.names, software(), options, avoid), self._answers)
         self._running[number] = order
         self._driven.sent(order.name, len(order.group))
@@ -139,7 +151,8 @@ class Sending(Generic[T]):
             self._go_on()
             oldest = next(iter(self._running.values()), None)
             if oldest is not None:
-                self._patience.look(self._link, len(self._running), self._options(oldest.group))
+                begun = any(one.began is not None for one in self._running.values())
+                self._patience.look(self._link, len(self._running), self._options(oldest.group), begun=begun)
             return None
         self._go_on()
         if came is None:
@@ -155,6 +168,7 @@ class Sending(Generic[T]):
         order = self._running.get(began.number)
         if order is not None:
             order.machine, order.node, order.began = began.machine, began.node, time.monotonic()
+            self._begins[began.machine] = order.began
             self._driven.began(order.name, began.machine)
 
     def _answer(self, order: _Order[T], came: Came) -> WorkAnswer | None:
@@ -162,18 +176,18 @@ class Sending(Generic[T]):
         if came.lost:
             self._lost(order, _died(came.why))
             return None
-        if came.answer is None:
+        answer = came.why if came.answer is None else answer_of(came.answer)
+        if isinstance(answer, str):
             order.machine = order.machine or came.machine
             where = f" on the machine {order.machine}" if order.machine else ""
             self._elsewhere(
                 order,
                 Retry(
-                    f"a worker of the cluster cannot do the order that begins with {order.name} ({came.why}{where}): "
+                    f"a worker of the cluster cannot do the order that begins with {order.name} ({answer}{where}): "
                     "is continual installed on every machine, in the same version? Nothing was settled"
                 ),
             )
             return None
-        answer: WorkAnswer = pickle.loads(came.answer)
         if answer.error is not None:
             order.machine = answer.machine
             self._elsewhere(order, answer.error)
@@ -192,10 +206,10 @@ class Sending(Generic[T]):
     def _elsewhere(self, order: _Order[T], error: Exception) -> None:
         """Has an order that a machine could not do done by another. Raises the error where it is that of the candidate,
         or no other machine is left: it is not the machine then."""
-        machine, ids = order.machine, self._ids(order)
+        machine, ids = order.machine, ids_of(self._link, order.machine, order.node)
         name, options = order.name, self._options(order.group)
         order.left(ids)
-        others = self._fitting(options) - order.ids - self._apart
+        others = fitting(self._link, options) - order.ids - self._apart
         if isinstance(error, Refuse | Abandoned) or not machine or order.tries > self._limits.tries or not others:
             raise error
         self._driven.failed(name)
@@ -225,7 +239,7 @@ class Sending(Generic[T]):
         if now < self._looked + LOOK:
             return found
         self._looked = now
-        found += self._stranded()
+        found += self._stranded() + self._not_begun(now)
         for number, order in list(self._running.items()):
             bound = self._limits.seconds or order_bound(self._slowest, order.slow)
             if order.began is None or now - order.began <= bound:
@@ -240,11 +254,41 @@ class Sending(Generic[T]):
         return found
 
     def _stranded(self) -> list[_Order[T]]:
-        """Orders that wait for a machine which none is any more: those that may do them have gone. They are sent out
-        anew, to whoever is there."""
-        waiting = [(number, one) for number, one in self._running.items() if one.avoids and one.began is None]
-        there = self._fitting(self._options(waiting[0][1].group)) if waiting else frozenset()
-        found = [(number, one) for number, one in waiting if there and there <= one.avoids]
+        """Orders that wait for a machine which none is any more: those that may do them, or have what they reserve,
+        have gone. They are sent out anew, to whoever is there."""
+        alive = frozenset(str(node["NodeID"]) for node in self._link.nodes)
+        if alive == self._alive:
+            return []
+        self._alive = alive
+        return self._taken_back(
+            number
+            for number, one in self._running.items()
+            if one.began is None
+            and not fitting(self._link, one.options) - one.avoids
+            and fitting(self._link, self._options(one.group))
+        )
+
+    def _not_begun(self, now: float) -> list[_Order[T]]:
+        """Orders with which nobody begins, though not all machines are at work on others of this process: they are sent
+        out anew. A machine is avoided on which none began, while others began with some: its workers may not start."""
+        late = [(n, one) for n, one in self._running.items() if one.is_late(now)]
+        found, working = list[int](), {one.machine for one in FIGURES.seen().out} if late else set()
+        working |= {one.machine for one in self._running.values() if one.began is not None}
+        for number, order in late:
+            machines = addresses(self._link, fitting(self._link, order.options) - order.avoids)
+            heard = machines & (working | {name for name, when in self._begins.items() if when >= order.sent})
+            for machine in machines - heard if heard else ():
+                why = f"none of its workers began with an order for {now - order.sent:.0f} s, and those of others did"
+                then = f"the order that begins with {order.name} goes to those"
+                self._accuse(machine, ids_of(self._link, machine), why, then)
+            if machines - heard:
+                order.waits += 1
+                found.append(number)
+        return self._taken_back(found)
+
+    def _taken_back(self, numbers: Iterable[int]) -> list[_Order[T]]:
+        """Ends orders that wait; they are to be sent out again."""
+        found = [(number, self._running[number]) for number in numbers]
         for number, _ in found:
             del self._running[number]
             self._link.drop(number)
@@ -253,7 +297,7 @@ class Sending(Generic[T]):
     def _again(self, order: _Order[T], why: str) -> tuple[str, frozenset[str]]:
         """Counts an order that a machine did not give back; which machine, and by which ids Ray knows it. Raises Retry
         where that was too often."""
-        machine, ids = order.machine, self._ids(order)
+        machine, ids = order.machine, ids_of(self._link, order.machine, order.node)
         order.left(ids)
         times = self._driven.was_lost(order.name)
         if order.tries > self._limits.tries:
@@ -268,19 +312,10 @@ class Sending(Generic[T]):
             self._accused.add(machine)
             _log.warning("the machine %s gets no orders for %.0f s, and %s: %s", machine, seconds, then, why)
 
-    def _ids(self, order: _Order[T]) -> frozenset[str]:
-        """Under which ids Ray knows the machine of an order."""
-        known = [str(node["NodeID"]) for node in self._link.nodes if node["NodeManagerAddress"] == order.machine]
-        return frozenset(known or ([order.node] if order.node else []))
-
-    def _fitting(self, options: dict[str, Any]) -> frozenset[str]:
-        """The ids of machines that are alive and have what an order reserves."""
-        return frozenset(str(node["NodeID"]) for node in self._link.nodes if fits(node["Resources"], options))
-
     def _avoid(self, order: _Order[T], options: dict[str, Any]) -> tuple[str, ...]:
         """The ids of machines that are not to do an order: those that it did not come back from, and those that are
         avoided, as long as another one is left."""
-        alive, there = {str(node["NodeID"]) for node in self._link.nodes}, self._fitting(options)
+        alive, there = {str(node["NodeID"]) for node in self._link.nodes}, fitting(self._link, options)
         own = order.ids | self._apart
         avoided = frozenset[str]().union(*(one.ids for one in FIGURES.avoided.now(self._link.address).values()))
         for ids in (own | avoided, own):

@@ -22,6 +22,16 @@ def test_a_machine_is_avoided_for_longer_each_time_in_a_row_until_it_works() -> 
     assert avoided.avoid("head", "10.0.0.1", ["a"], "full again") == 300
 
 
+def test_a_clock_that_is_set_back_makes_it_no_longer() -> None:
+    now = [1000.0]
+    avoided = AvoidedNodes(lambda: now[0])
+    avoided.avoid("head", "10.0.0.1", ["a"], "its disk is full")
+    now[0] -= 86_400
+    assert avoided.now("head") == {}
+    assert avoided.avoid("head", "10.0.0.1", ["a"], "still full") == 600
+    assert avoided.now("head").keys() == {"10.0.0.1"}
+
+
 def test_each_cluster_has_its_own_and_who_is_forgiven_is_as_new() -> None:
     avoided = AvoidedNodes(lambda: 5.0)
     avoided.avoid("head", "10.0.0.1", ["a"], "x")

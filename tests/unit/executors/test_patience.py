@@ -48,6 +48,17 @@ def test_orders_that_are_out_are_told_of_more_and_more_rarely(caplog: pytest.Log
     )
 
 
+def test_where_no_worker_begins_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    patience = Patience(lambda: now[0])
+    now[0] = 21.0
+    patience.look(Link([machine(2, 4e9)]), 1, OPTIONS, begun=False)  # type: ignore[arg-type]
+    assert caplog.messages == [
+        "1 order out, none came back for 21 s, and no worker began with one: 1 machine alive; others have their cores, "
+        "or their workers do not start: the logs of Ray on them (/tmp/ray/session_latest/logs) say why"
+    ]
+
+
 def test_a_silent_cluster_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     told = said(Link([machine(2, 4e9)], silent=33.0), 21, caplog)
     assert [text for _, text in told] == [

@@ -8,11 +8,14 @@ import logging
 import pickle
 import secrets
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from continual import retrying
 from continual.errors import Abandoned, Refuse, Retry
 from continual.executors import sending
 from continual.executors.away import WorkAnswer
@@ -153,27 +156,39 @@ def test_which_machine_works_on_what_is_known_at_once(job: MarkJob) -> None:
         worker.join()
 
 
+OPTIONS = {"num_cpus": 1, "num_gpus": 0, "memory": 1, "name": "x"}
+
+
 class Link:
     """Two machines, of which the first cannot do an order, and the second goes when it is asked. `asked`: which ids
-    each order that was sent might not be done on."""
+    each order that was sent might not be done on; `told`: what Ray was told of it."""
 
     address = "head"
 
     def __init__(self) -> None:
         self.nodes = [node("10.0.0.1", "a"), node("10.0.0.2", "b")]
         self.asked: list[tuple[str, ...]] = []
+        self.told: list[Mapping[str, Any]] = []
         self.dropped: list[int] = []
 
     def order(self, order: SendOrder, to: Answers) -> int:
         number = len(self.asked)
         self.asked.append(order.avoid)
+        self.told.append(order.options)
+        self.answer(number, order, to)
+        return number
+
+    def answer(self, number: int, order: SendOrder, to: Answers) -> None:
         if number == 1:
             del self.nodes[1]
-            return number
-        error = OSError("its disk is full") if number == 0 else None
-        to.put(Began(number, "10.0.0.1", "a"))
-        to.put(Came(number, pickle.dumps(WorkAnswer((Mark("x", 1),), error, "10.0.0.1", 0.1))))
-        return number
+        else:
+            self.does(number, order, to, "a", OSError("its disk is full") if number == 0 else None)
+
+    def does(self, number: int, order: SendOrder, to: Answers, node: str, error: Exception | None = None) -> None:
+        """Has a machine begin with it, and give it back."""
+        machine = {"a": "10.0.0.1", "b": "10.0.0.2"}[node]
+        to.put(Began(number, machine, node))
+        to.put(Came(number, pickle.dumps(WorkAnswer([Mark(n, 1) for n in order.names], error, machine, 0.1))))
 
     def drop(self, number: int) -> None:
         self.dropped.append(number)
@@ -185,26 +200,38 @@ class Link:
         pass
 
 
-def node(address: str, identity: str) -> dict[str, object]:
+def node(address: str, identity: str) -> dict[str, Any]:
     return {"NodeID": identity, "NodeManagerAddress": address, "Resources": {"CPU": 1.0, "memory": 1e9}}
 
 
-def test_an_order_goes_back_to_a_machine_where_all_others_have_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _pardoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sending, "LOOK", 0.01)
-    link, figures, looks = Link(), RayFigures(), iter(range(500))
-    options = {"num_cpus": 1, "num_gpus": 0, "memory": 1, "name": "x"}
-    with figures.driving(1) as driven:
-        sent = sending.Sending[Mark](
+    yield
+    FIGURES.avoided.forgive("head", ["10.0.0.1", "10.0.0.2"])
+
+
+def sent(
+    link: Link, directory: Path, names: Sequence[str] = ("x",), options: Callable[[], dict[str, Any]] = OPTIONS.copy
+) -> list[tuple[str, Mark]]:
+    """What comes of orders of these names through a link, all of them out at a time."""
+    looks, figures = iter(range(500)), RayFigures()
+    with figures.driving(len(names)) as driven:
+        limits = sending.SendLimits(len(names), 3, None)
+        orders = sending.Sending[Mark](
             link,  # type: ignore[arg-type]
-            sending.SendLimits(1, 3, None),
-            lambda _group: options,
+            limits,
+            lambda _group: options(),
             driven,
             lambda: next(looks),
         )
-        assert list(sent.run([tasks(MarkJob("stranded", tmp_path), ["x"])])) == [("x", Mark("x", 1))]
-    FIGURES.avoided.forgive("head", ["10.0.0.1"])
+        return list(orders.run([tasks(MarkJob("linked", directory), [name]) for name in names]))
+
+
+@pytest.mark.usefixtures("_pardoned")
+def test_an_order_goes_back_to_a_machine_where_all_others_have_gone(tmp_path: Path) -> None:
+    link = Link()
+    assert sent(link, tmp_path) == [("x", Mark("x", 1))]
     assert link.asked == [(), ("a",), ()]
     assert link.dropped == [1]
 
@@ -212,29 +239,101 @@ def test_an_order_goes_back_to_a_machine_where_all_others_have_gone(
 class Answering(Link):
     """Two machines, of which the first cannot do an order, and the second can."""
 
-    def order(self, order: SendOrder, to: Answers) -> int:
-        number = len(self.asked)
-        self.asked.append(order.avoid)
-        machine, identity = ("10.0.0.1", "a") if number == 0 else ("10.0.0.2", "b")
-        error = OSError("its disk is full") if number == 0 else None
-        to.put(Began(number, machine, identity))
-        to.put(Came(number, pickle.dumps(WorkAnswer((Mark("x", 1),), error, machine, 0.1))))
-        return number
+    def answer(self, number: int, order: SendOrder, to: Answers) -> None:
+        self.does(number, order, to, "b" if number else "a", None if number else OSError("its disk is full"))
 
 
+@pytest.mark.usefixtures("_pardoned")
 def test_where_all_machines_are_avoided_an_order_does_not_go_back_to_the_one_it_failed_on(tmp_path: Path) -> None:
-    link, figures = Answering(), RayFigures()
+    link = Answering()
     FIGURES.avoided.avoid("head", "10.0.0.2", ["b"], "another work's")
-    try:
-        with figures.driving(1) as driven:
-            sent = sending.Sending[Mark](
-                link,  # type: ignore[arg-type]
-                sending.SendLimits(1, 3, None),
-                lambda _group: {"num_cpus": 1, "num_gpus": 0, "memory": 1, "name": "x"},
-                driven,
-                lambda: None,
-            )
-            assert list(sent.run([tasks(MarkJob("avoided", tmp_path), ["x"])])) == [("x", Mark("x", 1))]
-    finally:
-        FIGURES.avoided.forgive("head", ["10.0.0.1", "10.0.0.2"])
+    assert sent(link, tmp_path) == [("x", Mark("x", 1))]
     assert link.asked == [("b",), ("a",)]
+
+
+class Shrinking(Link):
+    """Two machines, of which the one that has what an order reserves goes before it begins."""
+
+    def answer(self, number: int, order: SendOrder, to: Answers) -> None:
+        if number == 0:
+            del self.nodes[0]
+        else:
+            self.does(number, order, to, "b")
+
+
+@pytest.mark.usefixtures("_pardoned")
+def test_an_order_that_reserves_more_than_a_machine_has_that_is_left_is_sent_anew(tmp_path: Path) -> None:
+    link = Shrinking()
+    link.nodes[0]["Resources"] = {"CPU": 1.0, "memory": 9e9}
+
+    def options() -> dict[str, Any]:
+        return {**OPTIONS, "memory": max(node["Resources"]["memory"] for node in link.nodes)}
+
+    assert sent(link, tmp_path, options=options) == [("x", Mark("x", 1))]
+    assert [told["memory"] for told in link.told] == [9e9, 1e9]
+    assert (link.asked, link.dropped) == ([(), ()], [0])
+
+
+class Unreadable(Answering):
+    """The answer of the first machine is of a class that is not here."""
+
+    def answer(self, number: int, order: SendOrder, to: Answers) -> None:
+        if number:
+            self.does(number, order, to, "b")
+            return
+        to.put(Began(number, "10.0.0.1", "a"))
+        to.put(Came(number, b"cnot.here\nError\n."))
+
+
+@pytest.mark.usefixtures("_pardoned")
+def test_an_answer_that_cannot_be_read_is_held_against_the_machine(tmp_path: Path) -> None:
+    link = Unreadable()
+    assert sent(link, tmp_path) == [("x", Mark("x", 1))]
+    assert link.asked == [(), ("a",)]
+    (found,) = FIGURES.avoided.now("head").values()
+    assert "its answer cannot be read here: ModuleNotFoundError: No module named 'not'" in found.why
+    assert "10.0.0.1" in found.why
+
+
+class Standing(Link):
+    """Two machines, of which no worker of the first ever starts: the first order that it is given waits for one."""
+
+    def answer(self, number: int, order: SendOrder, to: Answers) -> None:
+        if number:
+            self.does(number, order, to, "b")
+
+
+@pytest.mark.usefixtures("_pardoned")
+def test_a_machine_whose_workers_do_not_start_is_avoided_and_its_order_done_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrying, "FIRST_START", 0.1)
+    link = Standing()
+    assert [name for name, _ in sent(link, tmp_path, ["x", "y"])] == ["y", "x"]
+    assert link.asked == [(), (), ("a",)]
+    assert link.dropped == [0]
+    (found,) = FIGURES.avoided.now("head").values()
+    assert (found.why, found.ids) == (
+        "none of its workers began with an order for 0 s, and those of others did",
+        {"a"},
+    )
+
+
+class Alone(Link):
+    """Orders that no machine begins with, for a while."""
+
+    def answer(self, number: int, order: SendOrder, to: Answers) -> None:
+        if number == 2:
+            self.does(number, order, to, "b")
+
+
+@pytest.mark.usefixtures("_pardoned")
+def test_where_no_machine_begins_none_is_blamed_and_an_order_is_sent_anew_more_and_more_rarely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrying, "FIRST_START", 0.1)
+    link, began = Alone(), time.monotonic()
+    assert sent(link, tmp_path) == [("x", Mark("x", 1))]
+    assert time.monotonic() - began >= 0.3
+    assert (link.asked, link.dropped) == ([(), (), ()], [0, 1])
+    assert FIGURES.avoided.now("head") == {}
