@@ -116,6 +116,8 @@ def _serve(asking: socket.socket) -> list[str] | None:
 
 def main() -> None:
     """Imports what all commands need, and forks until nobody asks any more."""
+    import torch  # noqa: F401 (commands load it when they first use it, which would be in each process)
+
     import continual.api
     import continual.cli.main
     import continual.service.daemon
