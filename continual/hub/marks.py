@@ -20,8 +20,8 @@ from continual.hub.client import Hub
 from continual.hub.order import Chunk, Order
 from continual.hub.proof import is_known
 from continual.hub.ranges import Ranges, Span
-from continual.hub.trouble import Trouble
-from continual.retrying import Fault
+from continual.hub.trouble import differs
+from continual.tensors.checkpoints.header import LONGEST
 
 _PIECE = 1 << 20
 
@@ -70,7 +70,7 @@ class PartReader(Ranges):
         said = bytearray(8)
         self._read_apart(file, memoryview(said), 0)
         length = int.from_bytes(said, "little")
-        if 8 + length > self.stats[file].size:  # who found the file has parsed it
+        if length > LONGEST or 8 + length > self.stats[file].size:  # who found the file has parsed it
             raise differs(self._where, self._files[file].name)
         self._read_apart(file, memoryview(bytearray(length)), 8)
 
@@ -146,8 +146,3 @@ class MarksCompared:
         lacking = {name for name, _, _ in self._marks.keys() - self._covered} | (known - self._proved)
         for name in sorted(lacking & known):
             raise Retry(f"{self._where}/{name}: was read, and not compared with what the Hub says; nothing was settled")
-
-
-def differs(where: str, name: str) -> Trouble:
-    """Two processes, or one process twice, read the same bytes of a file, and got others."""
-    return Trouble(f"{where}/{name}: came with other bytes than before; nothing was settled", Fault.TRANSPORT)

@@ -18,8 +18,7 @@ from blake3 import blake3
 
 from continual.hub.answers import RemoteFile
 from continual.hub.proof import Hashing, is_known
-from continual.hub.trouble import Trouble
-from continual.retrying import Fault
+from continual.hub.trouble import Trouble, differs
 
 GAP = 16 << 10
 """Bytes between two tensors up to which one request fetches both and the gap."""
@@ -139,8 +138,7 @@ class Order:
         chunk.mark = mark
 
     def _damaged(self, file: int) -> Trouble:
-        name = f"{self._where}/{self._files[file].name}"
-        return Trouble(f"{name}: came with other bytes than before; nothing was settled", Fault.TRANSPORT)
+        return differs(self._where, self._files[file].name)
 
 
 def _filling(file: int, start: int, stop: int, largest: int) -> list[Chunk]:

@@ -301,6 +301,10 @@ class Cached:
     def will_need(self, file: int, offset: int, length: int) -> None:
         """Does nothing: a file is fetched as a whole."""
 
+    def look_again(self, file: int) -> None:
+        """As that of `Ranges`."""
+        self._ranges.look_again(file)
+
     def check_unchanged(self) -> None:
         """Raises Retry if somebody changed a file of the cache since it was opened."""
         for files in self._local.values():

@@ -128,6 +128,11 @@ def said(what: str, found: Failed, host: str) -> Retry | Refuse:
     return Trouble(f"{what}: {told}{status}; nothing was settled", found.fault, found.after)
 
 
+def differs(where: str, name: str) -> Trouble:
+    """The same bytes of a file were read twice, and came otherwise; `where` names its repo and commit."""
+    return Trouble(f"{where}/{name}: came with other bytes than before; nothing was settled", Fault.TRANSPORT)
+
+
 def abandoned(what: str) -> Abandoned:
     """The error of work on `what` that is given up because continual is stopping."""
     return Abandoned(f"{what}: given up because continual is stopping; it will be taken up at the next start")

@@ -18,6 +18,7 @@ from continual.errors import Abandoned
 from continual.hub.answers import RemoteFile
 from continual.hub.client import Hub
 from continual.hub.order import Chunk
+from continual.hub.trouble import differs
 from continual.records import FileStat
 
 WINDOW = 40 << 20
@@ -102,6 +103,14 @@ class Chunked:
             known = len(self._heads.get(file, b""))
             if 0 < known == offset + len(there) and end <= KEPT and not self._chunks:
                 self._heads[file] += bytes(into[len(there) :])
+
+    def look_again(self, file: int) -> None:
+        """Fetches once more what is kept of the beginning of a file. Raises Trouble where it comes with other bytes."""
+        head = self._heads.get(file, b"")
+        again = bytearray(len(head))
+        self._fetch(file, 0, memoryview(again))
+        if again != head:
+            raise differs(f"{self._repo}@{self._sha[:12]}", self._files[file].name)
 
     @property
     def heads(self) -> dict[str, bytes]:

@@ -62,6 +62,27 @@ def test_ranges_that_are_not_those_asked_for_settle_nothing(tmp_path: Path, hub:
         assert ours.fold(Event("hub", "hf://org/ft", (1, ""), None, sha)).fate == "folded"
 
 
+HEADS = {
+    "a page of no length": faults.Raw(
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n" + b"<!DOCTYPE html>" * 20_000
+    ),
+    "one bit": hostile.flipped(0.0),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_beginning_of_a_file_that_is_not_its_own_refuses_nothing(tmp_path: Path, hub: Hub, kind: str) -> None:
+    base = made(tmp_path, hub)
+    sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))
+    event = Event("hub", "hf://org/ft", (1, ""), None, sha)
+    with merge(tmp_path / "state", hub, hub={"repos": ("org/ft",)}) as ours:
+        hub.faults = faults.Times(HEADS[kind], 1, origin="cdn")
+        with pytest.raises(Retry, match=r"something else than the file|came with other bytes than before"):
+            ours.fold(event)
+        hub.faults = None
+        assert ours.fold(event).fate == "folded"
+
+
 def test_a_file_of_another_size_is_refused(tmp_path: Path, hub: Hub) -> None:
     base = made(tmp_path, hub)
     sha = publish(hub, "org/ft", models.fine_tune(base, tmp_path / "ft", 1))

@@ -100,6 +100,9 @@ class _NoWeights:
     def will_need(self, *_: object, **__: object) -> None:
         """Nothing will be read."""
 
+    def look_again(self, *_: object, **__: object) -> None:
+        """Nothing was read."""
+
     def check_unchanged(self) -> None:
         """Nothing can change."""
 

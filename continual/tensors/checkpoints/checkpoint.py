@@ -263,7 +263,12 @@ def _headers(place: Place, weights: Weights, files: Sequence[PartFile], packed: 
     unlisted: set[str] = set()
     for i, (file, part, index) in enumerate(files):
         where = place.file(file)
-        found = header.parse(functools.partial(weights.pread, i), weights.stats[i].size, where, i, narrow=packed)
+        try:
+            found = header.parse(functools.partial(weights.pread, i), weights.stats[i].size, where, i, narrow=packed)
+        except Refuse as error:
+            if error.reason in ("header", "truncated", "foreign"):
+                weights.look_again(i)
+            raise
         if index is not None:
             unlisted.update(part.prefix + name for name in found if name not in claimed[index])
             found = {name: info for name, info in found.items() if part.name(claimed[index].get(name, "")) == file}

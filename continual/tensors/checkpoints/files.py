@@ -89,6 +89,9 @@ class Files:
         with contextlib.suppress(OSError), SHARED.reading(self._files[file]) as fd:
             os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
+    def look_again(self, file: int) -> None:
+        """Does nothing: what is read of a disk is the file's."""
+
     def check_unchanged(self) -> None:
         """Raises Retry naming the first file that was rewritten, replaced or deleted since it was opened."""
         for file in self._files:

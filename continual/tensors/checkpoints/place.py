@@ -58,6 +58,10 @@ class Weights(Protocol):
         """Says that this part comes next."""
         ...
 
+    def look_again(self, file: int) -> None:
+        """What was read of a file's beginning will be refused. Raises Retry where that was not the file's."""
+        ...
+
     def check_unchanged(self) -> None:
         """Raises Retry naming a file that is not what it was when it was opened."""
         ...

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from continual.errors import Refuse, Retry
-from continual.hub import RemoteFile, Trouble, window
+from continual.hub import RemoteFile, Trouble, marks, window
 from continual.hub.elsewhere import without_login
 from continual.hub.marks import FilesRead, MarksCompared, PartReader, read_through
 from tests.unit.hub.test_hashing import MB, Store
@@ -107,7 +107,7 @@ def test_a_bit_that_one_of_them_got_otherwise_is_found() -> None:
             reader.close()
 
 
-def test_who_reads_it_for_its_hash_says_who_is_wrong() -> None:
+def test_who_reads_it_for_its_hash_says_who_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = Shelf()
     left = [1]
 
@@ -119,9 +119,15 @@ def test_who_reads_it_for_its_hash_says_who_is_wrong() -> None:
     shelf.store.spoil = once
     with pytest.raises(Trouble, match="damaged on its way"):
         shelf.through()
-    shelf.store.spoil = lambda _file, first, into: into.__setitem__(5, 1) if first == 0 else None
-    with pytest.raises(Trouble, match="came with other bytes"):  # a length that no header has
-        shelf.through()
+    monkeypatch.setattr(marks, "LONGEST", 4096)
+    for byte, value in ((5, 1), (2, 16)):  # a length beyond the file, and one within it that no header has
+        shelf.store.spoil = lambda _file, first, into, byte=byte, value=value: (
+            into.__setitem__(byte, value) if first == 0 else None
+        )
+        shelf.store.sent = 0
+        with pytest.raises(Trouble, match="came with other bytes"):
+            shelf.through()
+        assert shelf.store.sent < MB
     shelf.store.spoil = None
     data = bytearray(shelf.store.files[0])
     data[-1] ^= 1
