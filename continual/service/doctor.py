@@ -23,7 +23,7 @@ from continual.service import asking, daemon
 from continual.service.doctor_cluster import cluster
 from continual.service.findings import Finding, Level
 from continual.service.web import listen
-from continual.state import heartbeat, lock
+from continual.state import bucket_holds, heartbeat, lock
 from continual.state.software import software
 from continual.stores import ObjectPath
 from continual.texts import size
@@ -93,10 +93,10 @@ def _state(settings: Settings, client: Hub | None) -> Iterator[Finding]:
     answered = asking.ask(path)
     if answered is not None:
         yield Finding("daemon", "ok", f"process {answered['pid']} at {answered['url']} says {answered['health']}")
-    elif (holder := lock.held(path)) is not None:
+    elif not isinstance(path, ObjectPath) and (holder := lock.held(path)) is not None:
         told = f"process {holder.said} has the state open for writing"
         yield Finding("daemon", "warn", told, "wait for it, or end it")
-    yield from _on_store(path) if isinstance(path, ObjectPath) else _on_disk(path, need)
+    yield from _on_store(path, answered) if isinstance(path, ObjectPath) else _on_disk(path, need)
     ahead = (last - datetime.now(UTC)).total_seconds()
     if ahead > _SKEW:
         yield Finding(
@@ -116,16 +116,27 @@ def _on_disk(path: Path, need: int) -> Iterator[Finding]:
     yield from _room(path, need)
 
 
-def _on_store(path: ObjectPath) -> Iterator[Finding]:
-    """Whether this user may write there, and the store keeps two writers apart."""
+def _on_store(path: ObjectPath, answered: object = None) -> Iterator[Finding]:
+    """Whether this user may write there, the store keeps two writers apart, and who writes, where its daemon has not
+    `answered`."""
     begun = time.perf_counter()
     try:
-        heartbeat.now(path)
+        now = heartbeat.now(path)
     except PermissionError as error:
         yield Finding("state", "fail", f"{path}: {error.strerror}", "use credentials that may write there")
         return
     took = (time.perf_counter() - begun) / 5 * 1000  # so many requests
     yield Finding("store", "ok", f"{path}: honours conditional writes, and answers in {took:.0f} ms")
+    if answered is not None or (holder := lock.held(path)) is None:
+        return
+    written, lease = bucket_holds.heard(path)
+    told = f"process {holder.said} was last heard of {max(0.0, (now - written).total_seconds()):.0f} s ago"
+    if heartbeat.ran_out(written, now, lease):
+        told += f", and its lease of {lease:.0f} s ran out: it was killed, or does not reach the store"
+        yield Finding("daemon", "warn", told, "start 'continual run' again: it has the state at once")
+    else:
+        told += f", and has the state open for writing for {lease:.0f} s from then, or longer if it is heard of again"
+        yield Finding("daemon", "warn", told, "wait, or end it; where it was killed, the next writer waits by itself")
 
 
 def _room(path: Path, need: int) -> Iterator[Finding]:

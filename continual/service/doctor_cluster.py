@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from continual.api import Merge
 from continual.config import Settings
 from continual.errors import ContinualError
-from continual.executors.asked_machines import FileSeen, MachineLook, PlaceSeen, ask_machines, seen_here
+from continual.executors.asked_machines import FileSeen, LookBench, MachineLook, PlaceSeen, ask_machines, seen_here
 from continual.executors.links import ClusterLink, link_to
 from continual.executors.patience import cores, fits, no_room, total
 from continual.outside import counted
@@ -26,6 +26,8 @@ SECONDS = 60.0
 """Seconds that machines have to answer: a worker has to be started on each, and loads torch."""
 _MACHINES = 10
 """Machines that are told of by themselves, of those that have the same to be done."""
+_ANYWAY = ("is not there", "cannot be")
+"""How what is wrong begins that is so whatever changes in a folder meanwhile."""
 _FULL = 0.05
 """The share of a disk below which it is nearly full: Ray gives up at that."""
 
@@ -50,7 +52,13 @@ def _machines(link: ClusterLink, settings: Settings, client: Hub | None) -> Iter
     needed, exports = _needed(settings, client), _exports(settings)
     wrong: dict[tuple[Level, str, str], set[str]] = {}
     good, bad = set[str](), set[str]()
-    for machine, look in ask_machines(link, [*needed, *exports], SECONDS):
+    places = [*needed, *exports]
+    looks = list(ask_machines(link, places, SECONDS))
+    changed = {path for path, _ in LookBench(places).work(("look",))[0].wrong}  # since it was looked here
+    for machine, look in looks:
+        if not isinstance(look, str):
+            wrong_there = [one for one in look.wrong if one[0] not in changed or one[1].startswith(_ANYWAY)]
+            look = look._replace(wrong=tuple(wrong_there))
         found = list(_found(look, {str(place.path) for place in exports}))
         (bad if found else good).add(machine)
         for one in found:

@@ -142,6 +142,13 @@ def _over(path: ObjectPath, number: int, now: datetime) -> None:
             raise BlockingIOError
 
 
+def heard(path: ObjectPath) -> tuple[datetime, float]:
+    """When the last writer of the state in `path` was heard of, by the clock of the store, and for how many seconds it
+    has the state from then on. Raises OSError."""
+    file = _file(path / "lock", max(_numbers(path / "lock"), default=0))
+    return file.objects.head(file.key).modified, _seconds(framing.said(file.read_bytes()), path)
+
+
 def _seconds(told: Mapping[str, object], path: ObjectPath) -> float:
     """How long the lease is that says this; where it says nothing that can be, as long as those of this process."""
     seconds = told.get("seconds")

@@ -46,12 +46,16 @@ def test_what_machines_do_not_see_is_said_once_for_all_of_them(
         state=state, watch=(state.parent / "in",), current=state.parent / "current", ray=RaySettings(exports=exports)
     )
     seen = MachineLook(
-        ((state, "is not there"), (state.parent, "is not there")), temporary="/tmp", free=1 << 30, whole=1 << 40
+        ((state, "is not there"), (state.parent, "is not there"), (state.parent / "in", "has no alice")),
+        temporary="/tmp",
+        free=1 << 30,
+        whole=1 << 40,
     )
     asked: list[PlaceSeen] = []
 
     def answers(_link: object, places: Sequence[PlaceSeen], _seconds: float) -> list[tuple[str, MachineLook | str]]:
         asked.extend(places)
+        (state.parent / "in" / "new").touch()  # what changed here meanwhile is no machine's fault
         return [("10.0.0.9", "cannot do orders: x"), *((f"10.0.0.{n}", seen) for n in (3, 2, 2))]
 
     monkeypatch.setattr(doctor_cluster, "ask_machines", answers)

@@ -8,12 +8,13 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from continual.service import asking
-from continual.state import lock
+from continual.service import asking, doctor
+from continual.state import heartbeat, lock
 from continual.stores import ObjectPath, here, where
 from tests.helpers import models, object_stores
 from tests.helpers.command import run
@@ -75,7 +76,7 @@ def test_a_day_with_a_state_on_a_store(at: ObjectPath, tmp_path: Path) -> None:
 
 
 def test_a_daemon_that_was_killed_is_followed_once_its_lease_has_run_out(
-    at: ObjectPath, tmp_path: Path, daemon: list[Process]
+    at: ObjectPath, tmp_path: Path, daemon: list[Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = models.base(tmp_path / "base")
     assert run("init", base).returncode == 0
@@ -103,6 +104,13 @@ def test_a_daemon_that_was_killed_is_followed_once_its_lease_has_run_out(
     assert busy.returncode != 0
     os.kill(daemon[-1].pid, signal.SIGKILL)
     daemon[-1].wait()
+    _, alive = doctor._on_store(at)
+    assert f"process {daemon[-1].pid} on " in alive.told
+    assert " s ago, and has the state open for writing for 2 s from then" in alive.told
+    with monkeypatch.context() as later:
+        later.setattr(heartbeat, "now", lambda _path: datetime.now(UTC) + timedelta(seconds=10))
+        _, dead = doctor._on_store(at)
+    assert "and its lease of 2 s ran out: it was killed, or does not reach the store" in dead.told
     models.fine_tune(base, watch / "bob", 2)
     address = start()
     until(lambda: status(address)["folds"] == 2, "bob is folded")
