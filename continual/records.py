@@ -293,8 +293,8 @@ class FileDigest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveRecord:
     """The objective of a round, and the digests of what it is made of: `code` of a function's module, else `rows`;
-    `heads` where there are any; `teachers`, each by its name with a digest of what it said. `digest` is over all the
-    rest."""
+    `heads` where there are any; `teachers`, each by its name with a digest of what it said; `keep`, a file of texts of
+    which what the model predicts must stay. `digest` is over all the rest."""
 
     kind: Literal["rows", "function"]
     objective: str
@@ -307,6 +307,7 @@ class ObjectiveRecord:
     rows: tuple[FileDigest, ...] | None = field(default=None, metadata={OMITTED: True})
     heads: tuple[FileDigest, ...] | None = field(default=None, metadata={OMITTED: True})
     teachers: tuple[FileDigest, ...] | None = field(default=None, metadata={OMITTED: True})
+    keep: FileDigest | None = field(default=None, metadata={OMITTED: True})
     digest: str
 
 

@@ -348,11 +348,31 @@ def tuned(found: Tuned) -> None:
     say(tuned_line(found))
 
 
+def learned(found: Tuned) -> None:
+    """The candidates by which coefficients were learned, and how far what must stay went under each."""
+    drift = found.entry.drift
+    rows = []
+    for row in found.entry.trials:
+        far = [] if row.drift is None else [f"{row.drift:.3g}", "too far" if drift and row.drift > drift else ""]
+        rows.append((f"{row.loss:.6g}", f"{-row.score:.6g}", *far))
+    heads = ("loss of the rows that drive", "of those that judge")
+    table(heads if drift is None else (*heads, "drift of texts", ""), rows)
+
+
+def within(found: Tuned) -> str:
+    """How near the texts that must stay a candidate had to stay, where any must."""
+    drift = found.entry.drift
+    return "" if drift is None else f"within a drift of {drift:g} nats a token "
+
+
 def tuned_line(found: Tuned, *, loss: bool = False) -> str:
     """What a tuning came to; `loss`: scores are minus the loss of the rows that judge."""
     entry = found.entry
     score, before = found.score, found.before
     worth = f"loss of the rows that judge {-score:.6g}, against {-before:.6g}" if loss else None
+    if entry.drift is not None:
+        drift = min(row.drift or 0.0 for row in entry.trials if row.score == score)
+        worth = f"{worth} (what is predicted of texts went by {drift:.3g} nats a token, of {entry.drift:g} that may be)"
     recorded = f"recorded as record {found.commit.seq}" if found.commit else "nothing recorded"
     return (
         f"scale {found.read}: {worth or f'{score:.6g}, against {before:.6g}'} at what was in force; "

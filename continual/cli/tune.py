@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, cast
 
@@ -87,6 +88,24 @@ def tune(
             show_default=False,
         ),
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            "--keep",
+            help="With layers and models-layers, for causal-lm: texts (JSONL) of which what the model predicts must "
+            "stay; default: the prompts of rows, where there are any.",
+            show_default=False,
+        ),
+    ] = None,
+    drift: Annotated[
+        float | None,
+        typer.Option(
+            "--drift",
+            help="With layers and models-layers: how far what is predicted of these texts may go, in nats a token "
+            "(0.02); inf: nothing has to stay.",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Rows evaluated at a time.")] = 16,
     candidates: Annotated[int, typer.Option("--candidates", help="Evaluations, at least 3.")] = 20,
     policy: Annotated[
@@ -163,6 +182,8 @@ def tune(
         raise Misconfigured("--for and --rank are for --what inputs")
     if teacher and what not in LEARNED:
         raise Misconfigured("--teacher is for --what layers and --what models-layers")
+    if (keep is not None or drift is not None) and what not in LEARNED:
+        raise Misconfigured("--keep and --drift are for --what layers and --what models-layers")
     signal.signal(signal.SIGTERM, _stop)
     if what == "inputs":
         if rule is not None:
@@ -175,9 +196,9 @@ def tune(
     if what in LEARNED:
         name, files, prompts = worth.learned()
         settings = {"batch": batch, **parse_options(calibration or ())}
-        teachers = tuple(teacher or ())
-        each = what == "models-layers"
-        return _learn(Learning(name, files, prompts, settings, candidates, work, dry_run, rule, teachers, each), flags)
+        teachers, each = tuple(teacher or ()), what == "models-layers"
+        wish = Learning(name, files, prompts, settings, candidates, work, dry_run, rule, teachers, each, keep)
+        return _learn(wish if drift is None else replace(wish, drift=drift), flags)
     evaluation = worth.evaluation()
     if what == "weights":
         groups = tuple(tuple(words.split(",")) for words in group or ())
@@ -207,10 +228,12 @@ def _learn(wanted: Learning, flags: Flags) -> None:
     if flags.json:
         console.emit(console.tuned_body(tuned))
         return
-    rows = [(f"{row.loss:.6g}", f"{-row.score:.6g}") for row in tuned.entry.trials]
-    console.table(("loss of the rows that drive", "of those that judge"), rows)
+    console.learned(tuned)
     if tuned.score == tuned.before:
-        return console.say("no candidate served the rows that judge better than what is in force: nothing is recorded")
+        return console.say(
+            f"no candidate {console.within(tuned)}served the rows that judge better than what is in force: nothing is "
+            "recorded"
+        )
     console.say(console.tuned_line(tuned, loss=True))
 
 

@@ -19,8 +19,9 @@ from continual.evaluation.scores import Metric
 from continual.evaluation.verdict import Answers
 from continual.executors.contract import Executor, silent
 from continual.lazily import torch
-from continual.objectives.calibration import Calibration, Dealt, NotFinite, Wanted, load
+from continual.objectives.calibration import Calibration, Dealt, NotFinite, load
 from continual.objectives.parameters import Parameters, find_parameters
+from continual.objectives.wanted_losses import Wanted
 from continual.tensors import BaseModel
 from continual.tensors.layouts.in_classes import elsewhere
 from continual.tuning.command import CommandFailed

@@ -7,128 +7,30 @@ not known here.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from blake3 import blake3
-
-from continual.config import CalibrationSettings
 from continual.errors import Misconfigured
-from continual.lazily import Dtypes, Tensor, torch
+from continual.lazily import Tensor, torch
 from continual.objectives import function
 from continual.objectives.builtin import OBJECTIVES, Rows
+from continual.objectives.causal_lm import CausalLM
 from continual.objectives.classes import Classes, Entropy
 from continual.objectives.contract import chunks, in_order
 from continual.objectives.function import CalibrationTask, FittedTask, ValuedTask, told_as_theirs
+from continual.objectives.keeping import ROWS, PromptedTask, Prompts, thinned
 from continual.objectives.loading import keep_no_activations, load_model
-from continual.objectives.rows import file_digest, must_be_readable
 from continual.objectives.taught import Taught, TellingTask
-from continual.records import FileDigest, ObjectiveRecord
+from continual.objectives.wanted_losses import DTYPES, Wanted
 
-DTYPES = Dtypes({word: word for word in ("float32", "bfloat16", "float16")})
 FLOAT16_SCALE = 1024.0
 """The loss is multiplied by this, and the gradient divided, where activations have float16 gradients, which underflow
 at 6e-8."""
 LEAST = 2
 """Rows that each task needs on either side: one row has no standard error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which losses, on which rows. `objective` is causal-lm, classification, heads, or module:function; `rows` is a
-    JSONL file for each task, and `heads` a JSON file of prompts for each, for the objective heads alone. `taught`: what
-    is right a teacher of each task says, and no label is looked at.
-
-    Raises Misconfigured naming what is missing or cannot be used.
-    """
-
-    objective: str
-    rows: tuple[Path, ...] = ()
-    heads: tuple[Path, ...] = ()
-    settings: CalibrationSettings = field(default_factory=CalibrationSettings)
-    taught: bool = False
-
-    def __post_init__(self) -> None:
-        s = self.settings
-        if self.objective not in OBJECTIVES and not self.by_function:
-            raise Misconfigured(
-                f"objective = {self.objective!r}: use one of {', '.join(OBJECTIVES)}, or module:function"
-            )
-        if s.batch < 1:
-            raise Misconfigured(f"batch = {s.batch}: at least 1")
-        if not 0 < s.held < 1:
-            raise Misconfigured(f"held = {s.held}: the share of the rows that judge has to be over 0 and under 1")
-        if s.dtype not in DTYPES:
-            raise Misconfigured(f"dtype = {s.dtype!r}: use one of {', '.join(DTYPES)}")
-        if self.taught and s.unsupervised:
-            raise Misconfigured(
-                "unsupervised says that entropy says what is good, and teachers say it: name one of them"
-            )
-        if self.by_function:
-            named = (
-                ("rows", self.rows),
-                ("heads", self.heads),
-                ("checkpointing", s.checkpointing),
-                ("unsupervised", s.unsupervised),
-            )
-            if given := next((name for name, value in named if value), None):
-                raise Misconfigured(
-                    f"{given} is for the built-in objectives; with {self.objective} it is the function's own business"
-                )
-            return
-        kind = OBJECTIVES[self.objective]
-        if not self.rows:
-            raise Misconfigured(f"rows: the objective {self.objective} needs a JSONL file of rows for each task")
-        if kind.prompted and len(self.heads) != len(self.rows):
-            raise Misconfigured(
-                "heads: one JSON file of prompts for each file of rows; "
-                f"there are {len(self.heads)} for {len(self.rows)}"
-            )
-        if self.heads and not kind.prompted:
-            raise Misconfigured(f"heads are for the objective heads; {self.objective} takes none")
-        if s.unsupervised and not kind.labelled:
-            raise Misconfigured(f"unsupervised is for objectives with classes; {self.objective} needs no labels anyway")
-
-    @property
-    def by_function(self) -> bool:
-        """Whether the objective is a function of the user's."""
-        return function.is_function(self.objective)
-
-    def check(self) -> None:
-        """Raises Misconfigured for a file that is not there or cannot be opened, and for a function that cannot be
-        imported. What is in the files is seen when they are loaded."""
-        if self.by_function:
-            function.code_digest(self.objective)
-        for file in (*self.rows, *self.heads):
-            must_be_readable(file)
-
-    def told(self, teachers: Sequence[FileDigest] = ()) -> ObjectiveRecord:
-        """What a record keeps: names and digests of the files, or of the function's module, and all else that the
-        losses depend on: `teachers` by their names, each with a digest of what it said. `digest` is over all the rest.
-        Raises Misconfigured for a file that cannot be read, and for a
-        function that cannot be imported."""
-        found = ObjectiveRecord(
-            kind="function" if self.by_function else "rows",
-            objective=self.objective,
-            seed=self.settings.seed,
-            held=self.settings.held,
-            batch=self.settings.batch,
-            dtype=self.settings.dtype,
-            unsupervised=self.settings.unsupervised,
-            code=function.code_digest(self.objective) if self.by_function else None,
-            rows=None if self.by_function else tuple(file_digest(file) for file in self.rows),
-            heads=tuple(file_digest(file) for file in self.heads) or None,
-            teachers=tuple(teachers) or None,
-            digest="",
-        )
-        rest = {key: value for key, value in asdict(found).items() if value is not None and key != "digest"}
-        text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        return replace(found, digest=f"blake3:{blake3(text.encode()).hexdigest()}")
 
 
 class NotFinite(Misconfigured):
@@ -150,9 +52,18 @@ class Dealt(NamedTuple):
 class Calibration:
     """The losses of a model. Its parameters may be changed between calls; each call fits the confidence anew."""
 
-    def __init__(self, model: torch.nn.Module, dealt: Sequence[Dealt], wanted: Wanted, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        dealt: Sequence[Dealt],
+        wanted: Wanted,
+        device: torch.device,
+        texts: Sequence[Dealt] = (),
+    ) -> None:
+        """`texts`: of which what the model predicts must stay, once it is said what that is (`remember`)."""
         self.model = model
         self.dealt = dealt
+        self._texts, self.kept = texts, list[Dealt]()
         self._batch = wanted.settings.batch
         self._device = device
         self._dtype = DTYPES[wanted.settings.dtype]
@@ -190,15 +101,39 @@ class Calibration:
                 mine.task.learn(rows, other.task)
         return mine.task.digest
 
+    def remember(self) -> None:
+        """From now on, what the weights in memory say of the texts that must stay is what has to be said of them.
+        Those of which nothing is predicted are left out (`kept` has the others)."""
+        self.kept = []
+        for dealt in self._texts:
+            assert isinstance(dealt.task, Taught), dealt.name
+            found = []
+            for side in (dealt.drive, dealt.judge):
+                for rows in chunks(side, self._batch):
+                    with torch.no_grad(), self._as_asked():
+                        dealt.task.learn(rows, dealt.task)
+                found.append(dealt.task.known(side))
+            if all(found):
+                self.kept.append(dealt._replace(drive=found[0], judge=found[1]))
+
+    def drift(self) -> float | None:
+        """How far what is predicted of the texts that judge is from what has to be: the mean over them of KL, in nats a
+        token; None where nothing has to stay. Raises as `loss` does."""
+        each = [self.losses_of(text, text.judge) for text in self.kept]
+        return float(torch.cat(each).mean()) if each else None
+
     def backward(self) -> float:
-        """The loss, and its gradient in the parameters' `grad`: None where the loss does not depend on one. The
-        activations of one batch are in memory at a time.
+        """The loss, with what was predicted of texts that must stay as one more task, and its gradient in the
+        parameters' `grad`: None where the loss does not depend on one. The activations of one batch are in memory at a
+        time.
 
         Raises Misconfigured as `loss` does, and for a loss without a gradient or with one that is not finite.
         """
         self.model.zero_grad(set_to_none=True)
         total = []
-        for dealt in self.dealt:
+        texts = sum(len(text.drive) for text in self.kept)
+        parts = [(one, len(one.drive) * len(self.dealt)) for one in self.dealt]
+        for dealt, of in [*parts, *((text, texts) for text in self.kept)]:
             if isinstance(dealt.task, FittedTask):
                 self._fit(dealt.task, dealt, dealt.drive)
             for rows in chunks(dealt.drive, self._batch):
@@ -207,7 +142,7 @@ class Calibration:
                     raise Misconfigured(
                         f"{dealt.name}: its losses have no gradient: they do not depend on the model's parameters"
                     )
-                share = losses.double().sum() / (len(dealt.drive) * len(self.dealt))
+                share = losses.double().sum() / of
                 total.append(float(share.detach()))
                 with told_as_theirs(self._reference):
                     (share * self.enlarged).backward()  # type: ignore[no-untyped-call]
@@ -295,11 +230,11 @@ def load(wanted: Wanted, directory: Path, device: torch.device) -> Calibration:
         names = [f"{wanted.objective}, task {number}" for number in range(len(given.tasks))]
         tasks = [_taught(*pair) if wanted.taught else pair[1] for pair in zip(names, given.tasks, strict=True)]
         dealt = [_deal(wanted, *pair) for pair in zip(names, tasks, strict=True)]
-        return Calibration(given.model, dealt, wanted, device)
+        return Calibration(given.model, dealt, wanted, device, _prompts(dealt, given.tasks))
     settings = wanted.settings
     kind = OBJECTIVES[wanted.objective]
     loaded = load_model(kind, directory, device, still=settings.checkpointing)
-    dealt = []
+    dealt, asked = [], list[CalibrationTask]()
     for file, heads in zip(wanted.rows, wanted.heads or (None,) * len(wanted.rows), strict=True):
         objective = kind(
             loaded, Rows(kind.name, file, heads, settings.batch), labels=not (settings.unsupervised or wanted.taught)
@@ -310,10 +245,25 @@ def load(wanted: Wanted, directory: Path, device: torch.device) -> Calibration:
         if wanted.taught:
             task = _taught(str(file), objective)
         dealt.append(_deal(wanted, str(file), task, objective.lengths, objective.lines))
+        asked.append(objective)
+    texts = _prompts(dealt, asked)
+    if wanted.keep is not None:
+        text = CausalLM(loaded, Rows(CausalLM.name, wanted.keep, None, settings.batch))
+        texts = [_deal(wanted, str(wanted.keep), Taught(text), text.lengths, text.lines)]
     model = loaded.model.requires_grad_(True)
     if settings.checkpointing:
         keep_no_activations(model)
-    return Calibration(model, dealt, wanted, device)
+    return Calibration(model, dealt, wanted, device, texts)
+
+
+def _prompts(dealt: Sequence[Dealt], tasks: Sequence[CalibrationTask]) -> list[Dealt]:
+    """The prompts of tasks that have some, dealt as their rows are."""
+    most = max(1, ROWS // len(dealt))
+    return [
+        one._replace(task=Taught(Prompts(task)), drive=thinned(one.drive, most), judge=thinned(one.judge, most))
+        for one, task in zip(dealt, tasks, strict=True)
+        if isinstance(task, PromptedTask)
+    ]
 
 
 def _taught(name: str, task: CalibrationTask) -> Taught:

@@ -89,9 +89,7 @@ class Objective(ABC):
         rows = read_rows(files.file, labelled=labelled)
         self.prepare(files)
         self._labels = [self.label_of(row, files.file) if labelled else -1 for row in rows]
-        self._ids = self.encode([row.text for row in rows])
-        if short := next((row for row, ids in zip(rows, self._ids, strict=True) if len(ids) < self.least), None):
-            raise Misconfigured(f"{files.file}, line {short.line}: the text has fewer than {self.least} tokens")
+        self._ids = self.seen(rows, files.file)
         self.count = len(rows)
         self.lengths = [len(ids) for ids in self._ids]
         self.lines = [row.line for row in rows]
@@ -103,6 +101,13 @@ class Objective(ABC):
     def label_of(self, row: Example, file: str | Path) -> int:  # noqa: ARG002 - for those whose rows have classes
         """The class of a row, -1 where rows have none. Raises Misconfigured naming the line."""
         return -1
+
+    def seen(self, rows: Sequence[Example], file: str | Path) -> list[list[int]]:
+        """Token numbers of what the model is given of each row. Raises Misconfigured naming the line."""
+        found = self.encode([row.text for row in rows])
+        if short := next((row for row, ids in zip(rows, found, strict=True) if len(ids) < self.least), None):
+            raise Misconfigured(f"{file}, line {short.line}: the text has fewer than {self.least} tokens")
+        return found
 
     @abstractmethod
     def losses(self, rows: Sequence[int]) -> Tensor:

@@ -19,11 +19,13 @@ _LARGEST = 1 << 30
 
 
 class Example(NamedTuple):
-    """A line of a file of calibration rows. `line` is its number, from 1."""
+    """A line of a file of calibration rows. `line` is its number, from 1; `prompt` what the text answers, "" where it
+    answers nothing."""
 
     line: int
     text: str
     label: str | int | None
+    prompt: str = ""
 
 
 def read_rows(file: str | Path, *, labelled: bool) -> list[Example]:
@@ -45,7 +47,10 @@ def read_rows(file: str | Path, *, labelled: bool) -> list[Example]:
         if labelled and (isinstance(label, bool) or not isinstance(label, int | str)):
             what = "no label" if label is None else f"the label is {shown(label)}"
             raise Misconfigured(f"{where}: {what}; it has to be a name or a number")
-        rows.append(Example(number, text, label if labelled else None))
+        prompt = body.get("prompt", "")
+        if not isinstance(prompt, str):
+            raise Misconfigured(f"{where}: the prompt is {shown(prompt)}; it has to be a text")
+        rows.append(Example(number, text, label if labelled else None, prompt))
     if not rows:
         raise Misconfigured(f"{file}: no row in it")
     return rows

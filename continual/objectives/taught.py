@@ -56,6 +56,10 @@ class Taught:
             mine = said.rows == place
             self._taught[row] = top.indices[mine], top.values[mine]
 
+    def known(self, rows: Sequence[int]) -> list[int]:
+        """Those of these rows of which anything was predicted."""
+        return [row for row in rows if len(self._taught[row][0])]
+
     def losses(self, rows: Sequence[int]) -> Tensor:
         """Of each row the mean over its predictions of KL(teacher, model), in nats, float32, 1-D. What is not kept
         counts as one class, so that it is never more than that of all classes. Raises Misconfigured where there is

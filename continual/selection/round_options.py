@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from continual.config import RoundSettings, Settings
 from continual.errors import Misconfigured
-from continual.objectives.calibration import Wanted
+from continual.objectives.wanted_losses import Wanted
 from continual.selection.steps import WHOLE, Stepping
 from continual.state.parts import RoundTerms
 

@@ -212,7 +212,8 @@ class CombineEntry(Entry):
 class TuneEntry(Entry):
     """Ways of reading were evaluated, and the best is in force: `before` is the first trial, what was in force until
     then; `seconds` the wall time; `folds` how many were in force. Coefficients of layers are found by an objective on
-    rows that drive and rows that judge."""
+    rows that drive and rows that judge. `drift`: how far what is predicted of texts that must stay may go, in nats a
+    token; a trial that went farther was not chosen."""
 
     kind = "tune"
     trials: tuple[TrialRecord, ...]
@@ -220,6 +221,7 @@ class TuneEntry(Entry):
     evaluation: CommandEvaluation | ObjectiveRecord | RowsEvaluation
     seconds: float
     folds: int
+    drift: float | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -248,13 +248,15 @@ class RoundTerms:
 class TrialRecord:
     """A way of reading that a tuning tried, and its score as the evaluation gave it. `weights`: those of models by
     their keys, where they were tuned or tuned before. `loss`: where coefficients of layers were tried, that of the rows
-    that drive; the score is then minus that of the rows that judge."""
+    that drive; the score is then minus that of the rows that judge. `drift`: how far what is predicted of texts that
+    must stay is from what was predicted at the start, in nats a token."""
 
     scale: str
     lines: tuple[float, float] | None
     score: float
     weights: Mapping[str, float] | None = field(default=None, metadata=_OMITTED)
     loss: float | None = field(default=None, metadata=_OMITTED)
+    drift: float | None = field(default=None, metadata=_OMITTED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,13 +132,14 @@ def check_folded(state: State, reading: Reading) -> None:
 
 
 class Found(NamedTuple):
-    """What a search found: its trials, what the record keeps of the evaluation, whether lower scores are better, and
-    the seconds that it took."""
+    """What a search found: its trials, what the record keeps of the evaluation, whether lower scores are better, the
+    seconds that it took, and how far what must stay may go, where anything must."""
 
     trials: Sequence[Trial]
     evaluation: CommandEvaluation | ObjectiveRecord | RowsEvaluation
     lower: bool
     seconds: float
+    drift: float | None = None
 
 
 def counted(
@@ -182,6 +183,7 @@ def settled(engine: Engine, reading: Reading, found: Found, *, dry_run: bool) ->
         evaluation=found.evaluation,
         seconds=round(found.seconds, 3),
         folds=len(engine.state.ledger.folds(reading.commit.seq)),
+        drift=found.drift,
     )
     commit = None if dry_run else _record(engine, reading, entry)
     return Tuned(top.options, score, before.score, entry, commit)

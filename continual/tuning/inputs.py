@@ -23,8 +23,9 @@ from continual.errors import Misconfigured
 from continual.executors.contract import Progress
 from continual.lazily import Tensor, torch
 from continual.objectives import builtin
-from continual.objectives.calibration import Calibration, Wanted, load
+from continual.objectives.calibration import Calibration, load
 from continual.objectives.parameters import find_parameters
+from continual.objectives.wanted_losses import Wanted
 from continual.outside import few
 from continual.records import TensorSpec
 from continual.state import Commit, State

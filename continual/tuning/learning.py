@@ -28,8 +28,9 @@ from continual.engine.reading import Reading
 from continual.errors import Misconfigured
 from continual.executors.contract import Progress
 from continual.lazily import torch
-from continual.objectives.calibration import Calibration, Wanted, load
+from continual.objectives.calibration import Calibration, load
 from continual.objectives.parameters import HeldIn, Parameters, find_parameters
+from continual.objectives.wanted_losses import Wanted
 from continual.records import TensorSpec
 from continual.tensors.layouts.in_classes import elsewhere
 from continual.tuning import choosing, scoring
@@ -45,6 +46,8 @@ FIRST = 1.35
 HELD = 0.2
 """The share of the rows that judge. They end a run, and compare its best with its start: fewer do than in a round,
 which judges each model by them."""
+DRIFT = 0.02
+"""How far what is predicted of texts that must stay may go from what was predicted at the start: KL in nats a token."""
 PATIENCE = 5
 """So many candidates one after the other that do not lower the loss of the rows that judge end a run."""
 
@@ -60,8 +63,10 @@ class Learning:
     the rows that judge), `batch`, `dtype`, `checkpointing` and `unsupervised` (entropy, without labels), where they are
     not as by default. `teachers`: a model for each task, which says what is right in place of labels: a model
     directory, or in a state of adapters the name, path, key or record number of a model. `models`: a coefficient for
-    each model in each layer, and not for each layer alone. `rule` reads, by default the one in force. `work` is the
-    directory for the scratch file; `dry_run` records nothing.
+    each model in each layer, and not for each layer alone. `keep`: a JSONL file of texts of which what the model
+    predicts must stay, for causal-lm; by default these are the prompts of rows. `drift` is how far that may go: the
+    mean of KL in nats a token; with infinity nothing has to stay. `rule` reads, by default the one in force. `work` is
+    the directory for the scratch file; `dry_run` records nothing.
 
     Raises Misconfigured naming what is missing or cannot be used.
     """
@@ -76,8 +81,14 @@ class Learning:
     rule: str | None = None
     teachers: tuple[str, ...] = ()
     models: bool = False
+    keep: str | Path | None = None
+    drift: float = DRIFT
 
     def __post_init__(self) -> None:
+        if not self.drift > 0:
+            raise Misconfigured(f"drift = {self.drift:g}: write a number over 0, in nats a token")
+        if self.keep is not None and math.isinf(self.drift):
+            raise Misconfigured(f"keep = {self.keep} says what must stay, and drift = inf that nothing has to")
         if self.candidates < LEAST:
             raise Misconfigured(f"candidates = {self.candidates}: coefficients of layers take at least {LEAST}")
         choosing.check_work(self.work)
@@ -93,7 +104,8 @@ class Learning:
         rows, heads = (tuple(Path(file) for file in files) for files in (self.rows, self.heads))
         if self.teachers and rows and len(self.teachers) != len(rows):
             raise Misconfigured(f"teachers: one for each file of rows; there are {len(self.teachers)} for {len(rows)}")
-        return Wanted(self.objective, rows, heads, settings, bool(self.teachers))
+        keep = None if self.keep is None else Path(self.keep)
+        return Wanted(self.objective, rows, heads, settings, bool(self.teachers), keep)
 
 
 def learn(
@@ -119,7 +131,7 @@ def learn(
         parameters, specs = _learned(engine, reading, losses)
         kind = OfTerms if wanted.models else OfLayers
         numbers = kind(reading, specs, work, (engine.executor, progress), held)
-        way = held.enter_context(_Way(engine, numbers, losses, (parameters, specs)))
+        way = held.enter_context(_Way(engine, numbers, losses, (parameters, specs), wanted.drift))
         taught = teach(engine, reading, objective, (losses, way.held), wanted.teachers) if wanted.teachers else ()
         asked = objective.told(taught)
         progress("tune", 0, wanted.candidates)
@@ -132,7 +144,8 @@ def learn(
             return here
 
         descend(evaluate, len(numbers.layers), wanted.candidates, MOST, FIRST, way.is_enough)
-    found = choosing.Found(way.trials, asked, False, time.perf_counter() - started)
+    drift = wanted.drift if losses.kept else None
+    found = choosing.Found(way.trials, asked, False, time.perf_counter() - started, drift)
     better = best(way.trials).score > way.trials[0].score
     return choosing.settled(engine, reading, found, dry_run=wanted.dry_run or not better)
 
@@ -160,8 +173,11 @@ class _Way:
         numbers: Coefficients,
         losses: Calibration,
         learned: tuple[Parameters, Sequence[TensorSpec]],
+        drift: float,
     ) -> None:
+        """`drift`: how far what must stay may go."""
         self.held, specs = learned
+        self._drift = drift
         self._engine, self._numbers, self._losses = engine, numbers, losses
         self._specs = {spec.name: spec for spec in specs}
         self.trials: list[Trial] = []
@@ -192,17 +208,21 @@ class _Way:
         self._reading = self._numbers.reading(options)
         self._reading.settle(self._engine.executor, progress)
         scoring.fill(self.held, self._engine.base, self._reading, self._engine.executor)
+        if not self.trials and math.isfinite(self._drift):
+            self._losses.remember()
+        drift = self._losses.drift()
         judged = [float(each.mean()) for each in self._losses.held()]
         self._dots = [[] for _ in factors]
         loss = self._losses.backward()
         for name, place, enlarged in self._numbers.rest(self._reading):
             self._note(name, place, enlarged)
-        self.trials.append(Trial(options, -math.fsum(judged) / len(judged), loss))
+        too_far = drift is not None and drift > self._drift
+        self.trials.append(Trial(options, -math.fsum(judged) / len(judged), loss, drift, too_far))
         return Here(loss, tuple(math.fsum(dots) for dots in self._dots))
 
     def is_enough(self) -> bool:
-        """Whether the last candidates did not lower the loss of the rows that judge."""
-        scores = [trial.score for trial in self.trials]
+        """Whether the last candidates did not lower the loss of the rows that judge, or went too far."""
+        scores = [-math.inf if trial.too_far else trial.score for trial in self.trials]
         return len(scores) - 1 - scores.index(max(scores)) >= PATIENCE
 
     def _take(self, within: Sequence[tuple[TensorSpec, HeldIn]], parameter: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ def row(trial: Trial, *, lower: bool) -> TrialRecord:
     """A trial; `lower` where the evaluation's score is better where it is lower."""
     score = -trial.score if lower else trial.score
     read = trial.options
-    return TrialRecord(read.scale, read.lines or None, score, dict(read.weights) or None, trial.loss)
+    return TrialRecord(read.scale, read.lines or None, score, dict(read.weights) or None, trial.loss, trial.drift)
 
 
 def newest(state: State) -> Commit | None:

@@ -29,11 +29,14 @@ TRIED = (0.0, 1.0, -0.5, 2.0, -1.0)
 
 class Trial(NamedTuple):
     """A way to read the merged model, and what that is worth, higher being better; `loss` is what it was found by,
-    where that is something else."""
+    where that is something else. `drift`: how far what must stay went, in nats a token, where anything must; of one
+    that went `too_far` it does not matter what it is worth."""
 
     options: ReadOptions
     score: float
     loss: float | None = None
+    drift: float | None = None
+    too_far: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +85,12 @@ def search(evaluate: Callable[[ReadOptions], float], where: Range) -> list[Trial
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """The trial with the highest score; of several the nearest to the first trial."""
+    """The trial with the highest score of those that did not go too far; of several the nearest to the first trial."""
     start = trials[0].options
-    return max(trials, key=lambda trial: (trial.score, -_distance(trial.options, start)))
+    return max(
+        (trial for trial in trials if not trial.too_far),
+        key=lambda trial: (trial.score, -_distance(trial.options, start)),
+    )
 
 
 def candidates(where: Range) -> Generator[ReadOptions, float, None]:

@@ -12,8 +12,9 @@ from continual.engine.reading import Reading
 from continual.engine.views import ReadView
 from continual.errors import Misconfigured
 from continual.executors.contract import silent
-from continual.objectives.calibration import Calibration, Wanted, load
+from continual.objectives.calibration import Calibration, load
 from continual.objectives.parameters import Parameters
+from continual.objectives.wanted_losses import Wanted
 from continual.records import FileDigest
 from continual.rules import ReadOptions
 from continual.tuning import scoring

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from continual.objectives.calibration import Calibration, Wanted, load
+from continual.objectives.calibration import Calibration, load
 from continual.objectives.classes import WIDEST
 from continual.objectives.heads import TEMPERATURE
+from continual.objectives.wanted_losses import Wanted
 from tests.helpers.pools import wanted
 from tests.helpers.tiny import CPU, MODELS, WORDS, embedded, loaded, transformers, write_tokenizer
 

@@ -17,7 +17,7 @@ from continual.config import CalibrationSettings, Settings
 from continual.engine.engine import Engine
 from continual.hub import Hub
 from continual.objectives import calibration
-from continual.objectives.calibration import Wanted
+from continual.objectives.wanted_losses import Wanted
 from continual.selection import Round
 from continual.selection.in_memory import ModelInMemory
 from continual.state.entries import SelectEntry

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from continual.config import RoundSettings
-from continual.objectives.calibration import Wanted
+from continual.objectives.wanted_losses import Wanted
 from continual.selection.round_options import DAY, RoundOptions
 from continual.state.entries import DeferEntry
 from continual.state.format import Commit

@@ -15,6 +15,7 @@ from torch import Tensor
 from continual import api, making
 from continual.config import Settings
 from continual.objectives import calibration
+from continual.objectives.wanted_losses import Wanted
 from continual.selection.active import active_at
 from continual.selection.in_memory import ModelInMemory
 from tests.helpers import quadratic
@@ -90,7 +91,7 @@ class Best:
     models): dense, in float64."""
 
     def __init__(self, base: Path, *named: str) -> None:
-        loaded = calibration.load(calibration.Wanted("tests.helpers.quadratic:make"), base, torch.device("cpu"))
+        loaded = calibration.load(Wanted("tests.helpers.quadratic:make"), base, torch.device("cpu"))
         origin = quadratic.flat(load_file(base / "model.safetensors")).double()
         taus = torch.stack([quadratic.flat(v) for v in vectors(base, *named).values()], dim=1)
         parts = []

@@ -42,6 +42,7 @@ import continual
 from continual.demo import digits as demo
 from continual.making import WIDTH
 from continual.objectives import Given, Said
+from continual.tuning.learning import DRIFT
 from tests.campaigns.bench.quality import digits as ways
 from tests.campaigns.bench.quality import language, text, vision
 from tests.campaigns.bench.quality.campaign import settle_threads
@@ -258,6 +259,14 @@ class Answers:
         logits, where = language.scores(self.model, tokens, wanted)
         return Said(logits[:, self.words] if len(self.words) else logits, where.nonzero()[:, 0])
 
+    def prompts(self, rows: Sequence[int]) -> Said:
+        """The logits of the tokens before the answer, all but the first."""
+        tokens, wanted = language.batch([self.rows[row] for row in rows])
+        answer = (wanted != language.IGNORED).int().argmax(1, keepdim=True)
+        before = tokens.roll(-1, 1).masked_fill(torch.arange(tokens.shape[1]) >= answer, language.IGNORED)
+        logits, where = language.scores(self.model, tokens, before)
+        return Said(logits, where.nonzero()[:, 0])
+
     def losses(self, rows: Sequence[int]) -> Tensor:
         """The mean over the tokens of each answer; of a label word over the words that the suite chooses from."""
         tokens, wanted = language.batch([self.rows[row] for row in rows])
@@ -358,12 +367,15 @@ def learned(merge: continual.Merge, place: Place, models: Sequence[str], args: a
             candidates=args.candidates,
             teachers=tuple(models) if args.teachers else (),
             models=what == "models-layers",
+            drift=args.drift,
         )
         begun = time.process_time()
         tuned = merge.tune_layers(learning)
         took = used(begun)
         told[what] = asked(place, weights_of(merge, export)) | took
         told[what]["judged"] = [round(-trial.score, 4) for trial in tuned.entry.trials]
+        if tuned.entry.drift is not None:
+            told[what]["drift"] = [round(trial.drift or 0.0, 4) for trial in tuned.entry.trials]
         print(json.dumps({what: told[what]}), flush=True)
         merge.rescale("auto")
     return told
@@ -386,6 +398,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT, help="coefficients that are learned")
     parser.add_argument("--trained", type=float, nargs="*", default=[], help="how long the base is trained on the rows")
     parser.add_argument("--train", nargs="+", choices=("full", "lora"), default=[], help="in which forms")
+    parser.add_argument("--drift", type=float, default=DRIFT, help="of what is predicted of prompts; inf: as it comes")
     parser.add_argument("--merge-too", action="store_true", help="the merge is trained on the rows as well")
     args = parser.parse_args()
     settle_threads(1)

@@ -11,7 +11,8 @@ import torch
 
 from continual.errors import Misconfigured
 from continual.objectives import function
-from continual.objectives.calibration import Wanted, load
+from continual.objectives.calibration import load
+from continual.objectives.wanted_losses import Wanted
 from tests.helpers.pools import wanted
 
 CPU = torch.device("cpu")
