@@ -224,13 +224,14 @@ def test_sigterm_finishes_the_fold_or_gives_it_up_in_time_a_second_one_at_once_a
     tmp_path: Path, drain: str, how: str, folds: int
 ) -> None:
     base = models.base(
-        tmp_path / "base", shapes={f"model.layers.{i}.mlp.up_proj.weight": (768, 768) for i in range(24)}
+        tmp_path / "base", shapes={f"model.layers.{i}.mlp.up_proj.weight": (512, 512) for i in range(24)}
     )
     state, watch = tmp_path / "state", tmp_path / "in"
     watch.mkdir()
     making.init(base, state)
     models.fine_tune(base, watch / "first", 1)
-    with daemon(state, watch, "--drain", drain) as process:
+    # one tensor after the other, so that a fold of little takes long enough to be met
+    with daemon(state, watch, "--workers", "1", "--drain", drain) as process:
         address = url(process, state)
         until(lambda: status(address)["folds"] == 1, "the first is folded")
         models.fine_tune(base, watch / "second", 2)
