@@ -59,16 +59,19 @@ class SentFiles(NamedTuple):
     files: tuple[FileStat, ...]
     whole: frozenset[str] = frozenset()
 
-    def same(self, seen: Sequence[FileStat]) -> None:
-        """Raises Retry naming a file that this process sees with another size or time. Inodes may differ: machines
-        mount a shared folder each in its own way."""
+    def others(self, seen: Sequence[FileStat]) -> list[str]:
+        """The names of those that this process sees with another size or time."""
         here = {file.name: (file.size, file.mtime_ns) for file in seen}
-        for file in self.files:
-            if here.get(file.name) != (file.size, file.mtime_ns):
-                raise Retry(
-                    f"{self.place.file(file.name)}: this machine sees another file than the one that the order is for: "
-                    "it changed since, or is not in a folder that all machines share; nothing was settled"
-                )
+        return [file.name for file in self.files if here.get(file.name) != (file.size, file.mtime_ns)]
+
+    def same(self, seen: Sequence[FileStat]) -> None:
+        """Raises Retry naming one of the `others`. Inodes may differ: machines
+        mount a shared folder each in its own way."""
+        for name in self.others(seen):
+            raise Retry(
+                f"{self.place.file(name)}: this machine sees another file than the one that the order is for: "
+                "it changed since, or is not in a folder that all machines share; nothing was settled"
+            )
 
 
 class SentBase(NamedTuple):
@@ -90,7 +93,9 @@ class SentBase(NamedTuple):
 
     def open(self, form: Format) -> BaseModel:
         """Opens it. One that came from the Hub, and that this machine does not see where the sender has it, is taken
-        from the cache of this machine, into which it is fetched once. Raises Misconfigured, Damaged, Retry."""
+        from the cache of this machine, into which it is fetched once: the client calls a file by its hash and does not
+        look at it again, so each tensor is compared with what the state says of it. Raises Misconfigured, Damaged,
+        Retry."""
         if self.files is None:
             return kept_headers(form)
         place, record = self.files.place, form.base
@@ -98,7 +103,10 @@ class SentBase(NamedTuple):
             if not all(place.present(name) for name in self.blobs):
                 place = Folder(self._in_cache(record.repo, record.revision))
             if isinstance(place, Folder) and blobs_of(place.directory, self.blobs) == self.blobs:
-                return as_recorded(form, place)
+                found = as_recorded(form, place)
+                if self.files.others(found.checkpoint.files):
+                    found.checkpoint.compare(record.digests)
+                return found
         found = as_recorded(form, place)
         self.files.same(found.checkpoint.files)
         return found

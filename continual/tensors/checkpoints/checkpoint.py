@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from continual.errors import Refuse
+from blake3 import blake3
+
+from continual.errors import Refuse, Retry
 from continual.lazily import Dtypes, torch
 from continual.outside import VALUES, shown
 from continual.tensors.checkpoints import foreign, header, quantised
@@ -42,6 +44,8 @@ FLOATS = ("F32", "F16", "BF16")
 MOST_SHARDS = 16_384
 """Files of the largest model that is opened."""
 _LONGEST_FILE_NAME = 255
+_HASHED = 1 << 20
+"""Bytes that are read at a time of a tensor that is compared."""
 
 
 class HeldTensors(NamedTuple):
@@ -78,6 +82,7 @@ class Checkpoint:
         self.config = config
         self.files = weights.stats
         self._weights = weights
+        self._compared: dict[tuple[int, int], tuple[TensorInfo, str]] = {}
 
     @property
     def path(self) -> Path:
@@ -137,9 +142,29 @@ class Checkpoint:
             else torch.empty(info.shape, dtype=TORCH[info.dtype])
         )
 
+    def compare(self, digests: Mapping[str, str]) -> None:
+        """Has each of these tensors compared with its BLAKE3 hash, by name, before anything of it is read."""
+        named = [(self.tensors[name], digest) for name, digest in digests.items() if name in self.tensors]
+        self._compared = {(info.file, info.offset): (info, digest) for info, digest in named if info.nbytes}
+
+    def _compare(self, info: TensorInfo, digest: str) -> None:
+        seen, piece = blake3(), memoryview(bytearray(min(_HASHED, info.nbytes)))
+        for at in range(0, info.nbytes, _HASHED):
+            part = piece[: min(_HASHED, info.nbytes - at)]
+            self._weights.preadv(info.file, part, info.offset + at)
+            seen.update(part)
+        if seen.hexdigest() != digest:
+            raise Retry(
+                f"{self.place.file(self.files[info.file].name)} has another tensor {info.name} than the base: delete "
+                "this file on this machine, and it is fetched anew; nothing was settled"
+            )
+
     def read_part(self, info: TensorInfo, start: int, into: memoryview) -> None:
         """Fills `into` with the bytes of a tensor from its byte `start` on. Raises Retry if the file cannot be read to
-        there any more."""
+        there any more, or the tensor is not what it is compared with."""
+        if (found := self._compared.get((info.file, info.offset))) is not None:
+            self._compare(*found)
+            self._compared.pop((info.file, info.offset), None)
         with stage("read", len(into)):
             self._weights.preadv(info.file, into, info.offset + start)
 
