@@ -138,7 +138,7 @@ def ask_machines(
 ) -> Iterator[tuple[str, MachineLook | str]]:
     """What each node of a cluster that is alive finds of these places, by its machine's address, as it comes: or, in
     words, why it finds nothing. After so many seconds no more is waited for."""
-    job, answers = LookJob(secrets.token_hex(8), tuple(places)), Answers()
+    job, answers, begun = LookJob(secrets.token_hex(8), tuple(places)), Answers(), set[int]()
     link.job(job.id, pickle.dumps(job))
     options = {"num_cpus": 0, "max_retries": 0, "name": "continual doctor"}
     asked = {
@@ -158,8 +158,11 @@ def ask_machines(
                 raise link.gone()
             if isinstance(came, Came):
                 yield asked.pop(came.number), _answer(came)
-        for machine in asked.values():
-            yield machine, f"has not answered within {seconds:.0f} s: a folder may stand still there"
+            else:
+                begun.add(came.number)
+        for number, machine in asked.items():
+            why = "a folder may stand still there" if number in begun else "no worker of Ray has started there"
+            yield machine, f"has not answered within {seconds:.0f} s: {why}"
     finally:
         for number in asked:
             link.drop(number)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from continual.executors.asked_machines import FILES, LookBench, MachineLook, PlaceSeen, ask_machines, seen_here
-from continual.executors.links import ClusterLink, link_to
+from continual.executors.driving import Began, Came, SendOrder
+from continual.executors.links import Answers, ClusterLink, link_to
 from tests.helpers import on_cluster
 
 
@@ -75,5 +76,32 @@ def test_every_machine_is_asked(link: ClusterLink, folder: Path) -> None:
 def test_one_that_does_not_answer_is_not_waited_for(link: ClusterLink) -> None:
     found = dict(ask_machines(link, [], 0.0))
     assert found == dict.fromkeys(
-        ("127.0.0.2", "127.0.0.3"), "has not answered within 0 s: a folder may stand still there"
+        ("127.0.0.2", "127.0.0.3"), "has not answered within 0 s: no worker of Ray has started there"
     )
+
+
+class Hanging:
+    """Three machines: an answer that nobody can read, one that begins and no more, one that does not begin."""
+
+    nodes = [{"NodeID": str(n), "NodeManagerAddress": f"10.0.0.{n}"} for n in range(3)]  # noqa: RUF012 - not changed
+
+    def order(self, order: SendOrder, to: Answers) -> int:
+        number = int(order.only)
+        if number < 2:
+            to.put(Began(number, f"10.0.0.{number}", order.only))
+        if number == 0:
+            to.put(Came(number, b"cnot.here\nError\n."))
+        return number
+
+    def job(self, *_: object) -> None: ...
+
+    drop = job
+
+
+def test_what_is_known_of_those_that_do_not_answer_is_said() -> None:
+    found = dict(ask_machines(Hanging(), [], 0.1))  # type: ignore[arg-type]
+    assert found == {
+        "10.0.0.0": "cannot do orders: its answer cannot be read here: ModuleNotFoundError: No module named 'not'",
+        "10.0.0.1": "has not answered within 0 s: a folder may stand still there",
+        "10.0.0.2": "has not answered within 0 s: no worker of Ray has started there",
+    }
