@@ -19,6 +19,8 @@ FIRST_AVOIDED, LONGEST_AVOIDED = 300.0, 3600.0
 SLOW, SLOWER, SLOWER_AGAIN = 1800.0, 10.0, 4.0
 """An order is ended that takes more than half an hour, and ten times as long as the slowest of its kind that is done;
 one that was ended is given four times as long, since an honest one may be the largest by far."""
+SLOWEST_READ = 2e6
+"""Bytes a second with which an order reads at the least: who reads a file of the Hub for its hash reads all of it."""
 FIRST_START = 180.0
 """Seconds in which a worker of a cluster begins with an order; it has Python and torch to load."""
 LONGEST_POLL = 3600.0
@@ -106,10 +108,10 @@ def avoided_for(times: int) -> float:
     return min(FIRST_AVOIDED * 2.0 ** min(times - 1, 16), LONGEST_AVOIDED)
 
 
-def order_bound(slowest: float, ended: int) -> float:
-    """Seconds that a machine may work on an order, where the `slowest` that is done of the same work took so many, and
-    this one was `ended` so often because of its time."""
-    return max(SLOW, SLOWER * slowest) * SLOWER_AGAIN ** min(ended, 16)
+def order_bound(slowest: float, ended: int, nbytes: int = 0) -> float:
+    """Seconds that a machine may work on an order that reads so many bytes, where the `slowest` that is done of the
+    same work took so many, and this one was `ended` so often because of its time."""
+    return max(SLOW, SLOWER * slowest, nbytes / SLOWEST_READ) * SLOWER_AGAIN ** min(ended, 16)
 
 
 def start_bound(waits: int) -> float:

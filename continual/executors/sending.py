@@ -48,6 +48,7 @@ class _Order(Generic[T]):
     def __init__(self, group: Sequence[Task[T]]) -> None:
         self.group = group
         self.name = group[0].name
+        self.nbytes = sum(task.reads for task in group)
         self.tries = 0
         self.slow = 0
         self.waits = 0
@@ -200,8 +201,7 @@ class Sending(Generic[T]):
         self._deaths.pop(answer.machine, None)
         self._accused -= order.was_on.keys() - {answer.machine}
         FIGURES.avoided.works(self._link.address, answer.machine)
-        nbytes = sum(task.reads for task in order.group)
-        self._driven.came(order.name, answer.machine, nbytes, answer.seconds)
+        self._driven.came(order.name, answer.machine, order.nbytes, answer.seconds)
 
     def _elsewhere(self, order: _Order[T], error: Exception) -> None:
         """Has an order that a machine could not do done by another. Raises the error where it is that of the candidate,
@@ -241,7 +241,7 @@ class Sending(Generic[T]):
         self._looked = now
         found += self._stranded() + self._not_begun(now)
         for number, order in list(self._running.items()):
-            bound = self._limits.seconds or order_bound(self._slowest, order.slow)
+            bound = self._limits.seconds or order_bound(self._slowest, order.slow, order.nbytes)
             if order.began is None or now - order.began <= bound:
                 continue
             del self._running[number]

@@ -125,3 +125,5 @@ def test_for_how_long_a_machine_is_avoided() -> None:
 )
 def test_how_long_an_order_may_take(slowest: float, ended: int, bound: float) -> None:
     assert order_bound(slowest, ended) == bound
+    assert order_bound(slowest, ended, 3_000_000_000) == bound
+    assert order_bound(slowest, ended, 40_000_000_000) == max(bound, 20_000 * 4**ended)
