@@ -59,7 +59,8 @@ class _Order(Generic[T]):
         self.sent = 0.0
         self.options: dict[str, Any] = {}
         self.avoids: frozenset[str] = frozenset()
-        """What Ray was told of it as it was sent, and the ids of machines that may not do it."""
+        self.could: frozenset[str] = frozenset()
+        """What Ray was told of it as it was sent, the ids of machines that may not do it, and of those that could."""
 
     def left(self, ids: frozenset[str]) -> None:
         """It is not where it was any more, which Ray knows under these ids."""
@@ -140,6 +141,7 @@ class Sending(Generic[T]):
             self._jobs.add(what.job.id)
         avoid = self._avoid(order, options)
         order.sent, order.options, order.avoids = time.monotonic(), options, frozenset(avoid)
+        order.could = fitting(self._link, options) - order.avoids
         number = self._link.order(SendOrder(0, what.job.id, what.names, software(), options, avoid), self._answers)
         self._running[number] = order
         self._driven.sent(order.name, len(order.group))
@@ -275,7 +277,7 @@ class Sending(Generic[T]):
         found, working = list[int](), {one.machine for one in FIGURES.seen().out} if late else set()
         working |= {one.machine for one in self._running.values() if one.began is not None}
         for number, order in late:
-            machines = addresses(self._link, fitting(self._link, order.options) - order.avoids)
+            machines = addresses(self._link, order.could)  # one that has joined since may have to start its workers
             heard = machines & (working | {name for name, when in self._begins.items() if when >= order.sent})
             for machine in machines - heard if heard else ():
                 why = f"none of its workers began with an order for {now - order.sent:.0f} s, and those of others did"

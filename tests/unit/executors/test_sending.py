@@ -296,10 +296,12 @@ def test_an_answer_that_cannot_be_read_is_held_against_the_machine(tmp_path: Pat
 
 
 class Standing(Link):
-    """Two machines, of which no worker of the first ever starts: the first order that it is given waits for one."""
+    """Two machines, of which no worker of the first ever starts: the first order that it is given waits for one. A
+    third one joins meanwhile."""
 
     def answer(self, number: int, order: SendOrder, to: Answers) -> None:
         if number:
+            self.nodes = [*self.nodes[:2], node("10.0.0.3", "c")]
             self.does(number, order, to, "b")
 
 
