@@ -262,7 +262,7 @@ def _prompts(dealt: Sequence[Dealt], tasks: Sequence[CalibrationTask]) -> list[D
     return [
         one._replace(task=Taught(Prompts(task)), drive=thinned(one.drive, most), judge=thinned(one.judge, most))
         for one, task in zip(dealt, tasks, strict=True)
-        if isinstance(task, PromptedTask)
+        if isinstance(task, PromptedTask) and callable(task.prompts)  # a user's may be a list of texts
     ]
 
 

@@ -216,7 +216,7 @@ class _Way:
         loss = self._losses.backward()
         for name, place, enlarged in self._numbers.rest(self._reading):
             self._note(name, place, enlarged)
-        too_far = drift is not None and drift > self._drift
+        too_far = bool(self.trials) and drift is not None and drift > self._drift  # the start is where it is
         self.trials.append(Trial(options, -math.fsum(judged) / len(judged), loss, drift, too_far))
         return Here(loss, tuple(math.fsum(dots) for dots in self._dots))
 

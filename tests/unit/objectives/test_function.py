@@ -139,3 +139,17 @@ def test_the_digest_is_of_the_code_that_runs(code: Path) -> None:
     assert mine.told() == told  # the module is in memory as it was
     forget("mine")
     assert mine.told().digest != told.digest
+
+
+def test_prompts_that_are_a_list_of_texts_are_the_functions_own(code: Path, tmp_path: Path) -> None:
+    head, said = "    count = 10\n", "Said(self.model.weight.repeat(len(rows), 1), torch.arange(len(rows)))"
+    texts = MINE.replace(head, f'{head}    prompts = ["a text"]\n')
+    method = MINE.replace("Given\n", "Given, Said\n")
+    method = method.replace(head, f"{head}    def prompts(self, rows): return {said}\n")
+    for text, kept in ((MINE, 0), (texts, 0), (method, 2)):
+        code.write_text(text)
+        forget("mine")
+        found = load(wanted("mine:make"), tmp_path, CPU)
+        found.remember()
+        assert len(found.kept) == kept
+        assert (found.drift() is None) == (not kept)
