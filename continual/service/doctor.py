@@ -119,24 +119,26 @@ def _on_disk(path: Path, need: int) -> Iterator[Finding]:
 def _on_store(path: ObjectPath, answered: object = None) -> Iterator[Finding]:
     """Whether this user may write there, the store keeps two writers apart, and who writes, where its daemon has not
     `answered`."""
-    begun = time.perf_counter()
+    begun, now = time.perf_counter(), None
     try:
         now = heartbeat.now(path)
     except PermissionError as error:
         yield Finding("state", "fail", f"{path}: {error.strerror}", "use credentials that may write there")
-        return
-    took = (time.perf_counter() - begun) / 5 * 1000  # so many requests
-    yield Finding("store", "ok", f"{path}: honours conditional writes, and answers in {took:.0f} ms")
-    if answered is not None or (holder := lock.held(path)) is None:
-        return
-    written, lease = bucket_holds.heard(path)
-    told = f"process {holder.said} was last heard of {max(0.0, (now - written).total_seconds()):.0f} s ago"
-    if heartbeat.ran_out(written, now, lease):
-        told += f", and its lease of {lease:.0f} s ran out: it was killed, or does not reach the store"
-        yield Finding("daemon", "warn", told, "start 'continual run' again: it has the state at once")
     else:
-        told += f", and has the state open for writing for {lease:.0f} s from then, or longer if it is heard of again"
-        yield Finding("daemon", "warn", told, "wait, or end it; where it was killed, the next writer waits by itself")
+        took = (time.perf_counter() - begun) / 5 * 1000  # so many requests
+        yield Finding("store", "ok", f"{path}: honours conditional writes, and answers in {took:.0f} ms")
+    if answered is None and (holder := lock.held(path)) is not None:
+        yield _holder(holder, *bucket_holds.heard(path), now or datetime.now(UTC))
+
+
+def _holder(holder: lock.Holder, heard: datetime, lease: float, now: datetime) -> Finding:
+    """Who writes to a state on a store, last heard of then, and whether the lease from then on is over."""
+    told = f"process {holder.said} was last heard of {max(0.0, (now - heard).total_seconds()):.0f} s ago"
+    if heartbeat.ran_out(heard, now, lease):
+        told += f", and its lease of {lease:.0f} s ran out: it was killed, or does not reach the store"
+        return Finding("daemon", "warn", told, "start 'continual run' again: it has the state at once")
+    told += f", and has the state open for writing for {lease:.0f} s from then, or longer if it is heard of again"
+    return Finding("daemon", "warn", told, "wait, or end it; where it was killed, the next writer waits by itself")
 
 
 def _room(path: Path, need: int) -> Iterator[Finding]:
