@@ -39,8 +39,9 @@ class ReadOptions:
 
     `norm`: as long as `value` (κ) times the mean norm of the folded task vectors; the paper of OPCM is κ = 1. `number`:
     what the rule reads times `value`. `spread`: the matrices are `value`·ρ^1.5 times as long as those of the mean task
-    vector, ρ² being the stable rank of the task vectors, and everything else is as long as it is in the mean task
-    vector; one model alone is as long as it is; for the rules that see matrices (ops/decisions/0014, 0050).
+    vector, ρ² being the stable rank of the task vectors, but no longer than those of all task vectors end to end, and
+    everything else is as long as it is in the mean task vector; one model alone is as long as it is; for the rules that
+    see matrices (ops/decisions/0014, 0050, 0107).
     `lines` = (α, β) scales each layer by α + β·depth after that, depth being 0 for the first layer and what lies before
     it and 1 for the last (Wang et al. 2024, "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model
     Merging", equation 3). `rule` names the rule that reads, where it is not the one that the state was made with.
@@ -167,11 +168,11 @@ class ReadOptions:
         `norm`: s = min(κ, t)·n̄/‖X‖ with n̄ the mean of ‖τ_1‖ … ‖τ_t‖, held at max(`size.most`, n̄/‖X‖): κ = 1 is the
         paper's law exactly; a larger κ makes the merged task vector no longer than all task vectors end to end, or than
         the plain sum where X is one.
-        `spread`: c·ρ^1.5·n̄/‖X‖ over the matrices, n̄/‖X‖ of one model alone: nothing gets in its way. n̄/‖X‖, but no
-        more than what makes it the plain sum, over the rest; of what sees pixels the mean, where that is shorter. From
-        `FEW` models on both lengths are means of what each model has, ρ_i^1.5·‖τ_i‖ and ‖τ_i‖, `held` near the median:
-        one odd model hardly changes them. Not where `totals` do not have each model's: the records of some folds are
-        older.
+        `spread`: min(c·ρ^1.5, t)·n̄/‖X‖ over the matrices, n̄/‖X‖ of one model alone: nothing gets in its way. n̄/‖X‖,
+        but no more than what makes it the plain sum, over the rest; of what sees pixels the mean, where that is
+        shorter. From `FEW` models on all lengths are means of what each model has, ρ_i^1.5·‖τ_i‖ and ‖τ_i‖, `held` near
+        the median: one odd model hardly changes them. Not where `totals` do not have each model's: the records of some
+        folds are older.
         """
         if self.policy == "number":
             return ScaleFactors(self.value, self.value, self.value)
@@ -191,10 +192,12 @@ class ReadOptions:
         assert size.parts is not None
         matrices, rest = size.parts
         if len(totals.each) == count >= FEW:
-            long, plain = held([_length(model) for model in totals.each]), held([m.plain_norm_sum for m in totals.each])
+            long, norm = (held([of(model) for model in totals.each]) for of in (_length, _norm))
+            plain = held([model.plain_norm_sum for model in totals.each])
         else:
-            long, plain = _length(totals.matrices) / count, totals.matrices.plain_norm_sum / count
-        longer = self.value * long if count > 1 else totals.matrices.matrix_norm_sum
+            long, norm = (of(totals.matrices) / count for of in (_length, _norm))
+            plain = totals.matrices.plain_norm_sum / count
+        longer = min(self.value * long, count * norm) if count > 1 else norm
         others = min(_ratio(plain, rest), size.most)
         mean = size.most / totals.weight if totals.weight > 0 else math.inf
         return ScaleFactors(_ratio(longer, matrices), others, min(others, mean))
@@ -245,6 +248,11 @@ def _length(figures: MatrixTotals) -> float:
     """ρ^1.5·‖τ‖ over the matrices, of one model, or of all of them end to end with the mean ρ."""
     norm = figures.matrix_norm_sum
     return (figures.spread_sum / norm) ** 1.5 * norm if norm else 0.0
+
+
+def _norm(figures: MatrixTotals) -> float:
+    """‖τ‖ over the matrices, of one model, or of all of them end to end."""
+    return figures.matrix_norm_sum
 
 
 def _ratio(above: float, below: float) -> float:

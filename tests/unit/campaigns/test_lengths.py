@@ -24,7 +24,7 @@ from tests.campaigns.bench.quality.lengths import (
 from tests.campaigns.bench.quality.results import Key, Results
 from tests.campaigns.bench.quality.sections import Section, written
 
-EACH = [(2.0, 1.0)] * 4
+EACH = [(1.5, 1.0)] * 4
 
 
 def answers(right: int) -> str:
@@ -50,11 +50,11 @@ def saved(folder: Path, suite: str, best: float) -> figures.Table:
     results = Results(folder / f"{suite}-full.jsonl")
     results.add(Key(0, "base", 4, "paper"), test={task: answers(2) for task in "abcd"})
     for multiple, found in right(best).items():
-        scale = f"spread:{0.85 * multiple!r}"
+        scale = f"spread:{multiple!r}"
         read = "default" if multiple == 1.0 else scale
         more = {"each": EACH} if read == "default" else {}
         told = dict.fromkeys("abcd", answers(found))
-        results.add(Key(0, "tsv-flow", 4, read), scale=scale, factor=1.0, test=told, **more)
+        results.add(Key(0, "tsv-flow", 4, read), scale=scale, factor=multiple, test=told, **more)
     published = dict.fromkeys("abcd", answers(1))
     results.add(Key(0, "tsv-flow", 4, "paper"), scale="number:1.0", factor=1.0, test=published)
     results.close()
@@ -62,9 +62,10 @@ def saved(folder: Path, suite: str, best: float) -> figures.Table:
 
 
 def test_a_law_follows_spread_norm_and_number() -> None:
-    assert Law().length(EACH) == pytest.approx(2.0**1.5)
+    assert Law().length(EACH) == pytest.approx(1.5**1.5)
     assert Law(2.0, 1.0, 0.5).length([(3.0, 2.0)] * 16) == pytest.approx(2 * 3 * 2 * 2)
-    assert Law().length([*EACH, (2.0, 100.0)]) == pytest.approx(2.0**1.5 * (4 + 1.5) / 5), "an odd one is held"
+    assert Law().length([*EACH, (1.5, 100.0)]) == pytest.approx(1.5**1.5 * (4 + 1.5) / 5), "an odd one is held"
+    assert Law(3.0).length(EACH) == 4.0, "no longer than all of them end to end"
 
 
 def test_accuracy_is_a_smooth_curve_over_the_logarithm_between_what_was_asked() -> None:
@@ -75,7 +76,8 @@ def test_accuracy_is_a_smooth_curve_over_the_logarithm_between_what_was_asked() 
     nearly = Merged(EACH, {0.5: 55.0, 1.0: 70.0, 2.0: 65.0})
     assert nearly.at(1.2) > 70.0, "the top may lie between two"
     assert merged.at(64.0) == merged.at(4.0) == 75.0
-    assert merged.under(Law(1.0, 2.5)) == pytest.approx(100.0), "ρ of 2 and a power more make it twice as long"
+    twice = one(2.0, [(2.0, 1.0)] * 8).under(Law(1.0, 2.5))
+    assert twice == pytest.approx(100.0), "ρ of 2 and a power more make it twice as long"
 
 
 def test_what_is_tuned_is_judged_on_rows_that_did_not_choose(tmp_path: Path) -> None:
@@ -94,10 +96,10 @@ def test_what_is_fitted_has_not_seen_the_suite_that_is_left_out(tmp_path: Path) 
     assert fitted(found[:1], (1.5,), (0.0,)).c == 2.0
     assert fitted(found[1:], (1.5,), (0.0,)).c == 1.0
     said = "\n".join(laws(found))
-    assert "| tsv-flow | digits | c | 0.85·ρ^1.5 | +0.0 | +0.0 |" in said
-    assert "| tsv-flow | text | c | 1.70·ρ^1.5 | +25.0 | +25.0 |" in said
+    assert "| tsv-flow | digits | c | 1.00·ρ^1.5 | +0.0 | +0.0 |" in said
+    assert "| tsv-flow | text | c | 2.00·ρ^1.5 | +25.0 | +25.0 |" in said
     apart = "\n".join(laws([found[0], replace(found[1], rule="tsv-m")]))
-    assert "| tsv-flow | none | c | 1.70·ρ^1.5 |" in apart, "each rule has a law of its own"
+    assert "| tsv-flow | none | c | 2.00·ρ^1.5 |" in apart, "each rule has a law of its own"
     assert "| tsv-m | none | c | 1.00·ρ^1.5 |" in apart
 
 

@@ -1,8 +1,8 @@
 """What the default's length costs: the merge by the default of its kind of state, `tsv-flow` or `tsv-m`, at its own
 length and at multiples, cell by cell, and constants that were fitted on the other suites.
 
-    # for each suite of adapters in a state of adapters, beside the length by default four others; the number of
-    # tsv-flow is 0.85, so that of whole tensors they are spread:0.425, 0.6010407640085653, 1.2020815280171306 and 1.7
+    # for each suite of adapters in a state of adapters, beside the length by default four others; the same of whole
+    # tensors by tsv-flow
     python -m tests.campaigns.bench.quality --work W ... --kept --rule tsv-m --counts 4 8 --read default \\
         --scale spread:0.5 --scale spread:0.7071067811865476 --scale spread:1.4142135623730951 --scale spread:2
     python -m tests.campaigns.bench.quality.lengths --work W
@@ -11,8 +11,9 @@ length and at multiples, cell by cell, and constants that were fitted on the oth
 
 A cell is a suite, a form and a number of models. *Tuned*: in each order the multiple that is best on every second test
 row of each task, judged on the others, and the other way round; so no row both chooses and judges, and the default is
-judged on the same rows. Between the multiples that were asked accuracy is a smooth curve through them over their
-logarithm (piecewise cubic, its slope at each that of the line between its neighbours).
+judged on the same rows. Two scales that are held at one length are one multiple. Between the multiples that were asked
+accuracy is a smooth curve through them over their logarithm (piecewise cubic, its slope at each that of the line
+between its neighbours).
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ CONSTANTS = tuple(2.0 ** (step / 8) for step in range(-8, 9))
 
 @dataclass(frozen=True)
 class Law:
-    """‖X‖ over the matrices: c times the mean of ρ^power·‖τ‖ over the models, times (count/4)^growth."""
+    """‖X‖ over the matrices: c times the mean of ρ^power·‖τ‖ over the models, times (count/4)^growth, and no longer
+    than all of them end to end."""
 
     c: float = 1.0
     power: float = 1.5
@@ -56,9 +58,12 @@ class Law:
 
     def length(self, each: Sequence[tuple[float, float]]) -> float:
         """For models of these ρ and ‖τ‖; odd ones are held as `spread` holds them."""
-        values = [rho**self.power * norm for rho, norm in each]
-        centre = held(values) if len(values) >= FEW else sum(values) / len(values)
-        return self.c * centre * (len(values) / 4) ** self.growth
+        count = len(each)
+        centre, most = (
+            held(values) if count >= FEW else sum(values) / count
+            for values in ([rho**self.power * norm for rho, norm in each], [norm for _, norm in each])
+        )
+        return min(self.c * centre * (count / 4) ** self.growth, most * count)
 
     def __str__(self) -> str:
         grows = f"·(t/4)^{self.growth:g}" if self.growth else ""
@@ -131,6 +136,10 @@ class Cell:
         """Mean accuracy over the orders at this law's length."""
         return sum(one.under(law) for one in self.orders) / len(self.orders)
 
+    def at(self, multiple: float) -> float:
+        """Mean accuracy over the orders at this multiple of the default's length."""
+        return sum(one.at(multiple) for one in self.orders) / len(self.orders)
+
     def multiples(self) -> list[float]:
         """Those that were asked in every order."""
         return sorted(set.intersection(*(set(one.right) for one in self.orders)))
@@ -191,8 +200,9 @@ def cells(found: Sequence[Table]) -> Iterator[Cell]:
 
 def _asked(table: Table, order: int, count: int) -> dict[float, Answers]:
     """The answers by multiple of the default's length."""
+    default = table.rows[order, table.default, count, "default"]["factor"]
     return {
-        _nearest(ReadOptions.parse(row["scale"]).value / read_options(table.default).value): row["test"]
+        _nearest(row["factor"] / default): row["test"]
         for (o, rule, c, read), row in table.rows.items()
         if (o, rule, c) == (order, table.default, count) and "scale" in row and read in ("default", row["scale"])
     }
@@ -269,7 +279,7 @@ def curves(some: Sequence[Cell], multiples: Sequence[float]) -> Iterator[str]:
     yield f"| {MERGED} | {RULE} | ρ | " + " | ".join(f"× {m:.3g}" for m in multiples) + f" | {LESS} |"
     yield "|---" * (len(multiples) + 4) + "|"
     for cell in some:
-        curve = [f"{cell.under(Law(m)):.1f}" if m in cell.multiples() else "" for m in multiples]
+        curve = [f"{cell.at(m):.1f}" if m in cell.multiples() else "" for m in multiples]
         yield f"| {cell.name} | {cell.rule} | {cell.rho:.2f} | " + " | ".join(curve) + f" | {cell.gap} |"
 
 
