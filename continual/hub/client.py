@@ -33,6 +33,7 @@ from continual.hub.answers import (
     tree_of,
 )
 from continual.hub.line import Line
+from continual.hub.names import is_sha
 from continual.hub.proof import is_known, same
 from continual.hub.trouble import Failed, Trouble, next_of, said
 from continual.retrying import Fault
@@ -102,6 +103,8 @@ class Hub(Line):
         what = f"{repo}{f'@{revision}' if revision else ''}"
         at = f"/revision/{quote(revision, safe='')}" if revision else ""
         info, _ = self._page(what, f"{self._model(repo)}{at}?blobs=true", model_of, until)
+        if is_sha(revision) and info.sha != revision:
+            raise Trouble(f"{what}: the Hub answers with another commit, {info.sha}; nothing was settled", Fault.SERVER)
         if any(file.size < 0 for file in info.files.values()):  # mirrors do not tell sizes here
             info = replace(info, files=self._tree(repo, info.sha, what))
         return info

@@ -62,6 +62,17 @@ def test_ranges_that_are_not_those_asked_for_settle_nothing(tmp_path: Path, hub:
         assert ours.fold(Event("hub", "hf://org/ft", (1, ""), None, sha)).fate == "folded"
 
 
+def test_another_commit_than_was_asked_for_settles_nothing(tmp_path: Path, hub: Hub) -> None:
+    base = made(tmp_path, hub)
+    sha, other = (publish(hub, "org/ft", models.fine_tune(base, tmp_path / f"ft{n}", n)) for n in (1, 2))
+    with merge(tmp_path / "state", hub) as ours:
+        hub.faults = lambda r: hostile.changed(lambda one: one | {"sha": other}) if sha in r.path else None
+        with pytest.raises(Retry, match="the Hub answers with another commit"):
+            ours.fold(f"hf://org/ft@{sha}")
+        hub.faults = None
+        assert ours.fold(f"hf://org/ft@{sha}").fate == "folded"
+
+
 HEADS = {
     "a page of no length": faults.Raw(
         b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n" + b"<!DOCTYPE html>" * 20_000
