@@ -94,7 +94,7 @@ class Sending(Generic[T]):
         self._answers, self._patience = Answers(), Patience()
         self._running: dict[int, _Order[T]] = {}
         self._jobs: set[str] = set()
-        self._slowest = self._looked = 0.0
+        self._slowest = self._looked = self._begun_looked = 0.0
         self._alive: frozenset[str] | None = None
         """Ids of the machines that were there at the last look."""
         self._deaths: dict[str, int] = {}
@@ -273,6 +273,9 @@ class Sending(Generic[T]):
     def _not_begun(self, now: float) -> list[_Order[T]]:
         """Orders with which nobody begins, though not all machines are at work on others of this process: they are sent
         out anew. A machine is avoided on which none began, while others began with some: its workers may not start."""
+        if now < self._begun_looked + start_bound(0) / 20:  # many may wait for long
+            return []
+        self._begun_looked = now
         late = [(n, one) for n, one in self._running.items() if one.is_late(now)]
         found, working = list[int](), {one.machine for one in FIGURES.seen().out} if late else set()
         working |= {one.machine for one in self._running.values() if one.began is not None}
@@ -283,6 +286,7 @@ class Sending(Generic[T]):
                 why = f"none of its workers began with an order for {now - order.sent:.0f} s, and those of others did"
                 then = f"the order that begins with {order.name} goes to those"
                 self._accuse(machine, ids_of(self._link, machine), why, then)
+                self._accused.discard(machine)  # that others begin shows it already
             if machines - heard:
                 order.waits += 1
                 found.append(number)
