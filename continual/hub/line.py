@@ -171,8 +171,8 @@ class Line:
             if start > _SKIPPED:
                 why = f"{self.endpoint} serves no ranges of it: set hub.read = cache"
                 raise Failed(Fault.REQUEST, why=why)
-            page = answer.headers.get("content-type", "").startswith("text/html") and not file.name.endswith("html")
-            if page or answer.headers.get("content-length", str(file.size)) != str(file.size):
+            whole, kind = answer.headers.get("content-length"), answer.headers.get("content-type", "")
+            if whole != str(file.size) if whole is not None else kind.startswith("text/html"):
                 raise Failed(Fault.SERVER, why="the Hub answers with something else than the file")
             skip = start
         left = length
