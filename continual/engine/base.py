@@ -77,7 +77,12 @@ def as_recorded(form: Format, place: Place) -> BaseModel:
     """Opens the base of a state of the format `form` at a place where another process has found it: no value is
     compared. Raises as `open_base`."""
     if form.base.packed is not None:
-        return _described(open_checkpoint(place, packed=True), form)
+        opened = open_checkpoint(place, packed=True)
+        try:
+            return _described(opened, form)
+        except BaseException:
+            opened.close()
+            raise
     return _as_made(open_checkpoint(place, whole=_is_whole(form.base.files)), form, sampled=True)
 
 

@@ -139,9 +139,13 @@ class AwayBlocks:
     def __init__(self, job: BlockJob) -> None:
         assert job.handed is not None, "a fold that no other process may write into"
         self._job, self._handed, self._before = job, job.handed, job.handed.generation()
-        self._sources = job.sources.open()
-        self._vectors = _vectors(self._sources)
         self._at = job.gates, AwayPlace(pick_device(job.device))
+        self._sources = job.sources.open()
+        try:
+            self._vectors = _vectors(self._sources)
+        except BaseException:
+            self.close()
+            raise
 
     def work(self, names: Sequence[str]) -> list[_Tensor]:
         """Folds tensors into an attempt of its own, which is on disk when it returns. Raises Refuse, Retry, Halt."""

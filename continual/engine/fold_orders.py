@@ -99,10 +99,10 @@ class _Opened:
     """A candidate that this process opened for an order."""
 
     def __init__(self, sources: SentSources, terms: SentTerms, counted: Counted) -> None:
-        self.sources = sources.open()
-        form, workplace = self.sources.form, AwayPlace(pick_device(terms.device))
-        self.vectors = _vectors(self.sources, terms.plan)
+        form, workplace = sources.form, AwayPlace(pick_device(terms.device))
         made = Terms(terms.name, rule_of(form.rule, form.options), terms.totals, terms.weight, terms.plan)
+        self.sources = sources.open()
+        self.vectors = _vectors(self.sources, terms.plan)
         self.folding = Folding(self.vectors, made, terms.gates, workplace)
         self.folding.counted = counted
 

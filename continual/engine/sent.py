@@ -108,7 +108,11 @@ class SentBase(NamedTuple):
                     found.checkpoint.compare(record.digests)
                 return found
         found = as_recorded(form, place)
-        self.files.same(found.checkpoint.files)
+        try:
+            self.files.same(found.checkpoint.files)
+        except Retry:
+            found.checkpoint.close()
+            raise
         return found
 
     def _in_cache(self, repo: str, revision: str) -> Path:

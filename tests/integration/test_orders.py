@@ -3,6 +3,7 @@ kind of rule and of state; nothing but receipts comes back; what a stray attempt
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 
 from continual import api, making
 from continual.config import Settings
-from continual.errors import Retry
+from continual.engine import block_orders, fold_orders
+from continual.errors import Misconfigured, Retry
 from continual.executors.contract import silent
 from continual.rules import ReadOptions
 from continual.state import State
@@ -38,6 +40,12 @@ SHAPES = {
     "model.none.weight": (0, 16),
     "model.odd[name]/x y.weight": (3, 5),
 }
+
+
+def _still_open(directory: Path) -> list[str]:
+    """Files below a directory that this process has open."""
+    links = [Path("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
+    return [file for file in (os.readlink(link) for link in links if link.is_symlink()) if str(directory) in file]
 
 
 class Sent(api.Merge):
@@ -177,9 +185,30 @@ def test_a_file_that_is_another_on_the_other_machine_is_told(
     Elsewhere.posted.map = changed  # type: ignore[method-assign, assignment]
     with Elsewhere(_settings(state), write=True) as merge, pytest.raises(Retry, match=said):
         merge.fold(tune)
+    assert _still_open(tmp_path) == []
     with State.open(state, write=True) as again:
         assert again.ledger.head.seq == 0
         assert list((state / "generations").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_a_worker_without_the_device_closes_what_it_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def none(name: str) -> None:
+        raise Misconfigured(f"there is no {name} here")
+
+    base = models.base(tmp_path / "base")
+    state = _made(tmp_path / "state", base, "task-arithmetic", 8 if kind == "adapter" else None)
+    if kind == "adapter":
+        tune = adapters.lora(tmp_path / "tune", base, 1, rank=6, modules=("q_proj",))
+    else:
+        tune = models.fine_tune(base, tmp_path / "tune", 1)
+    monkeypatch.setattr(fold_orders, "pick_device", none)
+    monkeypatch.setattr(block_orders, "pick_device", none)
+    with Sent(_settings(state), write=True) as merge, pytest.raises(Misconfigured, match="there is no cpu here"):
+        merge.fold(tune)
+    assert _still_open(tmp_path) == []
 
 
 def test_a_state_that_the_other_machine_does_not_see_is_told(tmp_path: Path, base: Path) -> None:
