@@ -89,7 +89,7 @@ def test_kills_in_a_round_change_nothing(tmp_path: Path, rule: str, width: int |
             assert merge.fold(path).fate == "deferred"
     shutil.copytree(state, straight)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["continual.api", "tests.helpers.quadratic"])
+    context.set_forkserver_preload(["torch", "continual.api.merge", "tests.helpers.quadratic"])
 
     def run(place: Path, after: float | None) -> float | None:
         """Seconds the round took, None where it was killed `after` so many."""

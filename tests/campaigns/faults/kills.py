@@ -74,7 +74,7 @@ def campaign(
     making.init(base, state, making.Recipe(width=16 if kept else None))
     backup(state, straight, Wish(copy=True), lambda _what, _done, _all: None)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["continual.api"])
+    context.set_forkserver_preload(["torch", "continual.api.merge"])  # what is lazy would be loaded in each
     draw = random.Random(seed)
     fell: Counter[str] = Counter()
     inside = 0

@@ -70,7 +70,7 @@ def trial(work: Path, base: Path, fine_tunes: list[str], number: int, durable: b
         making.init(base, place / "state")
         os.sync()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["continual.api"])
+        context.set_forkserver_preload(["torch", "continual.api.merge"])  # what is lazy would be loaded in each
         ours, theirs = context.Pipe()
         child = context.Process(target=fold_loop, args=(str(place / "state"), fine_tunes, theirs, durable))
         child.start()
