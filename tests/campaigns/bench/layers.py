@@ -16,8 +16,9 @@ by a fine-tune, and are no test rows; of vision there are 60 of these a task.
 Trained on the rows: the base, and with `--merge-too` the merge, by the recipe of the fine-tunes, on all rows, those
 that judge too, all weights and by LoRA (of text by LoRA alone), or as `--train` says; `--trained 1 3` as long as that
 recipe and three times as long. `seconds` are CPU seconds, of what is learned without asking the test rows; `gigabytes`
-the most that the process had until then, with the suite's own model. Minutes on digits; on the language model a pass
-backwards takes three CPU seconds for 8 rows.
+the most that the process had until then, with the suite's own model. What the language model predicts of prompts stays,
+as `--drift` says (inf: as it comes), and each candidate's `drift` is told. Minutes on digits; on the language model a
+pass backwards takes three CPU seconds for 8 rows.
 """
 
 from __future__ import annotations
