@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 DEFAULT = "tsv-flow"
 """The rule of a state of whole tensors, unless the recipe names another (ops/decisions/0099)."""
-OF_ADAPTERS = "tsv-m"
-"""That of a state that keeps adapters (ops/decisions/0051 and 0099)."""
+OF_ADAPTERS = "tsv-even"
+"""That of a state that keeps adapters (ops/decisions/0109)."""
 WIDTH = 256
 """Singular triplets of a layer that a state of adapters keeps, unless the recipe says otherwise: sixteen adapters of
 rank 16, or thirty-two of rank 8, are kept whole."""

@@ -104,7 +104,7 @@ def init(
         str | None,
         typer.Option(
             "--rule",
-            help="Fold rule, default tsv-flow, with --adapters tsv-m; 'continual rules' lists them.",
+            help="Fold rule, default tsv-flow, with --adapters tsv-even; 'continual rules' lists them.",
             show_default=False,
             autocompletion=rules_named,
         ),

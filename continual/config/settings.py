@@ -201,7 +201,7 @@ class Settings(BaseModel):
     watch: Paths = Field(default=(), description="folders in which fine-tunes are published")
     rule: str | None = Field(
         default=None,
-        description="fold rule that init takes, by default tsv-flow, of adapters tsv-m; "
+        description="fold rule that init takes, by default tsv-flow, of adapters tsv-even; "
         "a state made under another is refused",
     )
     reading: str | None = Field(

@@ -31,6 +31,7 @@ from continual.rules.opcm import OPCM
 from continual.rules.regmean import REGMEAN
 from continual.rules.scale import ReadOptions
 from continual.rules.ties import TIES
+from continual.rules.tsv_even import TSV_EVEN
 from continual.rules.tsv_flow import TSV_FLOW
 from continual.rules.tsv_m import TSV_M
 from continual.rules.tsv_u import TSV_U
@@ -44,6 +45,7 @@ _LIST: tuple[RuleRow[Any], ...] = (
     MAGMAX,
     ISO_C,
     TSV_M,
+    TSV_EVEN,
     TSV_U,
     TSV_W,
     ISOTROPIC,

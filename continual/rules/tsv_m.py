@@ -63,12 +63,18 @@ def choose(owner: Sequence[int], sigma: Sequence[float], count: int, p: int) -> 
 
 def polar(columns: Tensor) -> Tensor:
     """U_kV_kᵀ of an m×r matrix over its k directions that are not null; float64."""
+    return ranked(columns)[0]
+
+
+def ranked(columns: Tensor) -> tuple[Tensor, int]:
+    """The same, and k."""
     if columns.shape[0] < columns.shape[1]:
-        return polar(columns.mT).mT
+        found, rank = ranked(columns.mT)
+        return found.mT, rank
     sigma, v = linalg.right_singular(columns, linalg.NULL)
     rank = int((sigma > 0).sum())
     turned = linalg.together(columns.shape, v[:, :rank] / sigma[:rank], v[:, :rank].mT)
-    return turned(columns)
+    return turned(columns), rank
 
 
 def product(u: Tensor, sigma: Tensor, v: Tensor, tau: Tensor) -> float:

@@ -178,6 +178,10 @@ def tsv_m(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, triplets.tsv)
 
 
+def tsv_even(models: Models, matrices: set[str]) -> dict[str, Tensor]:
+    return _spectral(models, matrices, triplets.evened_tsv)
+
+
 def tsv_u(models: Models, matrices: set[str]) -> dict[str, Tensor]:
     return _spectral(models, matrices, triplets.tsv_of_outputs)
 
@@ -299,6 +303,7 @@ BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
     "magmax": magmax,
     "iso-c": iso_c,
     "tsv-m": tsv_m,
+    "tsv-even": tsv_even,
     "tsv-u": tsv_u,
     "tsv-w": tsv_w,
     "isotropic": isotropic,
@@ -314,6 +319,7 @@ BATCH: Mapping[str, Callable[[Models, set[str]], dict[str, Tensor]]] = {
 POLAR: Mapping[str, Callable[[Sequence[Tensor]], list[Tensor]]] = {
     "iso-c": _summed,
     "tsv-m": _triplets,
+    "tsv-even": _flat_triplets,
     "tsv-u": _left_triplets,
     "tsv-w": _triplets,
     "isotropic": _flat_triplets,

@@ -27,6 +27,7 @@ MATRICES = {"tall", "wide", "square", "conv"}
 SPECS = {n: TensorSpec(n, s, "F32", "matrix" if n in MATRICES else "plain") for n, s in SHAPES.items()}
 Model = dict[str, Tensor]
 READINGS = {
+    "tsv-even": "tsv-m",
     "tsv-u": "tsv-m",
     "tsv-w": "tsv-m",
     "isotropic": "tsv-m",

@@ -44,6 +44,20 @@ def tsv(taus: list[Tensor], weights: Sequence[float] = ()) -> Tensor:
     return polar(torch.cat(us, 1)) @ torch.diag(torch.cat(sigmas)) @ polar(torch.cat(vhs).mT).mT
 
 
+def evened_tsv(taus: list[Tensor], weights: Sequence[float] = ()) -> Tensor:
+    """PΣQᵀ, its singular values to the power √(few/many) of the ranks of U and V."""
+    x = tsv(taus, weights)
+    parts = [leading(tau, len(taus)) for tau in taus]
+    sides = torch.cat([u for u, _, _ in parts], 1), torch.cat([vh for _, _, vh in parts])
+    few, many = sorted(int(torch.linalg.matrix_rank(side, rtol=NULL)) for side in sides)
+    if few == many:
+        return x
+    u, sigma, vh = torch.linalg.svd(x, full_matrices=False)
+    held = sigma[:few] > NULL * sigma[0]
+    sigma = sigma[0] * (sigma[:few][held] / sigma[0]) ** math.sqrt(few / many)
+    return u[:, :few][:, held] * sigma @ vh[:few][held]
+
+
 def tsv_of_outputs(taus: list[Tensor], weights: Sequence[float] = ()) -> Tensor:
     """PΣVᵀ: P alone is a polar factor."""
     us, sigmas, vhs = zip(*(leading(tau, len(taus)) for tau in taus), strict=True)
@@ -178,6 +192,7 @@ def flow_of_triplets(taus: list[Tensor], weights: Sequence[float] = ()) -> Tenso
 
 WEIGHTED: Mapping[str, Callable[[list[Tensor], Sequence[float]], Tensor]] = {
     "tsv-m": tsv,
+    "tsv-even": evened_tsv,
     "tsv-u": tsv_of_outputs,
     "tsv-w": lambda taus, weights: weighed_tsv(taus, weights, own=True),
     "esm": lambda taus, weights: weighed_tsv(taus, weights, own=False),

@@ -87,11 +87,11 @@ def test_a_state_of_whole_tensors_refuses_it_as_before(tmp_path: Path, base: Pat
     assert refusal.value.reason == "quantised"
     assert "continual init --adapters" in str(refusal.value)
     found = making.survey(packed, making.Recipe(width=8))
-    assert (found.packed, found.rule, found.scale) == ("bitsandbytes", "tsv-m", "spread:1.0")
+    assert (found.packed, found.rule, found.scale) == ("bitsandbytes", "tsv-even", "spread:1.0")
     assert making.survey(base).rule == "tsv-flow"
     said = command.run("init", packed, "--adapters", "--state", tmp_path / "state")
     assert "The base is quantised (bitsandbytes): adapters are folded and exported" in said.stdout
-    assert "rule tsv-m, scale spread:1.0" in said.stdout
+    assert "rule tsv-even, scale spread:1.0" in said.stdout
 
 
 def test_fisher_needs_full_fine_tunes(tmp_path: Path, base: Path) -> None:

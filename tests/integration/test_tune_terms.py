@@ -180,7 +180,8 @@ def test_what_has_no_terms_is_said(tmp_path: Path) -> None:
     with folded(tmp_path, "iso-c", kept=False) as merge:
         head = merge.state.ledger.head.seq
         with pytest.raises(
-            Misconfigured, match=r"iso-c reads no sum .* whole tensors it is tsv-m, tsv-u, tsv-w, esm, tsv-flow that"
+            Misconfigured,
+            match=r"iso-c reads no sum .* whole tensors it is tsv-m, tsv-even, tsv-u, tsv-w, esm, tsv-flow that",
         ):
             merge.tune_layers(WANTED)
         with pytest.raises(Misconfigured, match="task-arithmetic reads no sum"):

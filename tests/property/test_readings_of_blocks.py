@@ -66,7 +66,8 @@ def agree(held: HeldLayers, name: str, numbers: list[int], matrices: set[str] = 
         (name, regime)
         for name in READABLE
         for regime in (REGIMES if name in FACTORED and name in FOLDING else ("mixed", "twins", "zero"))
-    ],
+    ]
+    + [("tsv-even", "shared")],
 )
 def test_a_reading_is_the_batch_form_at_every_step_before_and_after_cuts(name: str, regime: Regime) -> None:
     given = adapters(regime, 9)

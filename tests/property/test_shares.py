@@ -96,6 +96,7 @@ def plainly(name: str, **options: object) -> Rule:
 CASES: list[tuple[str, dict[str, object], str]] = [
     *(("iso-c", {}, kind) for kind in ("independent", "shared", "twins", "cut")),
     *(("tsv-m", {}, kind) for kind in ("independent", "shared", "twins", "cut")),
+    *(("tsv-even", {}, kind) for kind in ("independent", "shared", "twins", "cut")),
     *(("tsv-u", {}, kind) for kind in ("independent", "shared", "twins", "cut")),
     *(("gram", {}, kind) for kind in ("independent", "twins")),
     *(("flow", {}, kind) for kind in ("independent", "twins")),

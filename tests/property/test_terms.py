@@ -46,8 +46,18 @@ def whole(made: Merged) -> dict[str, Tensor]:
 
 
 def test_the_registry_says_which() -> None:
-    assert OF_ADAPTERS == ["mean", "task-arithmetic", "tsv-m", "tsv-u", "tsv-w", "esm", "tsv-flow", "regmean"]
-    assert OF_TENSORS == ["tsv-m", "tsv-u", "tsv-w", "esm", "tsv-flow"]
+    assert OF_ADAPTERS == [
+        "mean",
+        "task-arithmetic",
+        "tsv-m",
+        "tsv-even",
+        "tsv-u",
+        "tsv-w",
+        "esm",
+        "tsv-flow",
+        "regmean",
+    ]
+    assert OF_TENSORS == ["tsv-m", "tsv-even", "tsv-u", "tsv-w", "esm", "tsv-flow"]
 
 
 @pytest.mark.parametrize("name", OF_ADAPTERS)

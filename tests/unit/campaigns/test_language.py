@@ -194,12 +194,12 @@ def test_fine_tunes_are_what_their_form_says(suite: Language) -> None:
 def test_a_state_of_adapters_is_asked_by_every_rule(suite: Language, tmp_path: Path) -> None:
     plan = Plan((1, 2), None)
     with Adapters(suite, "lora", tmp_path, Progress(disable=True), plan) as run:
-        run.run(1, ["task-arithmetic", "tsv-m"])
+        run.run(1, ["task-arithmetic", "tsv-even"])
         assert not run.states.exists() or not list(run.states.iterdir()), "nothing is kept"
         with pytest.raises(SystemExit, match="another run writes it"):
             Adapters(suite, "lora", tmp_path, Progress(disable=True), plan)
     asked_of = {(row["rule"], row["count"], row["read"]): row for row in run.results.rows}
-    counts = {count for rule, count, read in asked_of if (rule, read) == ("tsv-m", "default")}
+    counts = {count for rule, count, read in asked_of if (rule, read) == ("tsv-even", "default")}
     assert counts == {1, 2, 3}, "and all of them"
     reads = [row["read"] for row in run.results.rows if (row["rule"], row["count"]) == ("task-arithmetic", 2)]
     assert reads == ["default", "paper", "sum"], "what says most comes first"
@@ -207,14 +207,14 @@ def test_a_state_of_adapters_is_asked_by_every_rule(suite: Language, tmp_path: P
     (task,) = one["test"]
     assert one["test"][task] == own["test"][task], "one model reads as itself by the sum"
     assert one["watched"] == pytest.approx(own["each"][task]["watched"])
-    assert asked_of["tsv-m", 3, "alone"]["test"] == own["test"], "and by the default"
-    assert asked_of["tsv-m", 3, "alone"]["apart"] < 1e-5
+    assert asked_of["tsv-even", 3, "alone"]["test"] == own["test"], "and by the default"
+    assert asked_of["tsv-even", 3, "alone"]["apart"] < 1e-5
     with Adapters(suite, "lora", tmp_path, Progress(disable=True), plan) as again:
-        assert not again.asked(0, "tsv-m")
+        assert not again.asked(0, "tsv-even")
     with Adapters(suite, "lora", tmp_path, Progress(disable=True), Plan((1, 2), (1,))) as more:
-        assert more.asked(0, "tsv-m") == [1, 3], "only where something was not asked"
-        assert more.asked(1, "tsv-m") == [1, 2], "no order changes what all of them make"
-        assert more.ways("tsv-m", 2) == ["default", "paper"]
+        assert more.asked(0, "tsv-even") == [1, 3], "only where something was not asked"
+        assert more.asked(1, "tsv-even") == [1, 2], "no order changes what all of them make"
+        assert more.ways("tsv-even", 2) == ["default", "paper"]
     with Adapters(suite, "shared", tmp_path, Progress(disable=True), Plan((1,), None, ("default",))) as other:
         other.origin()
         assert other.results.rows[0]["test"] == asked_of["base", 3, "paper"]["test"], "the base is asked once"

@@ -130,25 +130,25 @@ def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
         ("task-arithmetic", "sum", 8, 50.0),
         ("iso-c", "default", 6, 31.0),
         ("iso-c", "spread:0.5", 9, 31.0),
-        ("tsv-m", "default", 5, 32.0),
+        ("tsv-even", "default", 5, 32.0),
         ("opcm", "paper", 4, 33.0),
     ):
         found = {"perplexity": perplexity, "facts": 0.75}
         test = {"a": answers(right), "b": answers(right)}
         results.add(Key(0, rule, 2, read), scale="1.0", factor=1.0, test=test, watched=found)
-    results.add(Key(0, "tsv-m", 2, "alone"), test={"a": answers(10), "b": answers(8)}, apart=1e-7)
-    results.add(Key(1, "tsv-m", 1, "default"), scale="1.0", factor=1.0, test={"a": answers(9)}, watched=whole)
+    results.add(Key(0, "tsv-even", 2, "alone"), test={"a": answers(10), "b": answers(8)}, apart=1e-7)
+    results.add(Key(1, "tsv-even", 1, "default"), scale="1.0", factor=1.0, test={"a": answers(9)}, watched=whole)
     results.close()
     table = figures.load(results.file)
     page = sections.written("", list(report_language.page([table])))
     assert "## LoRA adapters in a state of adapters, up to 2" in page
     _, promised, alone, _, shown, compared = page.rstrip("\n").split("\n\n")
     assert promised.split("\n")[2:] == [  # a scale that was named is no best without data
-        "| LoRA adapters, 1 of 2 | tsv-m | 90.0 | none other asked |  |  | 30.0 (42.0) | 100 % |",
-        "| LoRA adapters, 2 of 2 | tsv-m | 50.0 | task-arithmetic, sum | -30.0 [-50.0, -10.0] | "
+        "| LoRA adapters, 1 of 2 | tsv-even | 90.0 | none other asked |  |  | 30.0 (42.0) | 100 % |",
+        "| LoRA adapters, 2 of 2 | tsv-even | 50.0 | task-arithmetic, sum | -30.0 [-50.0, -10.0] | "
         "+10.0 [+0.0, +25.0] | 32.0 (42.0) | 75 % |",
     ]
-    assert alone.split("\n")[2:] == ["| LoRA adapters, mean of 2 | tsv-m | 90.0 | 95.0 | 1.0e-07 |"]
+    assert alone.split("\n")[2:] == ["| LoRA adapters, mean of 2 | tsv-even | 90.0 | 95.0 | 1.0e-07 |"]
     assert shown.split("\n")[2:] == [
         "| base |  | 20.0 (30.0, 100 %) | 30.0 (30.0, 100 %) |",
         "| each model, own task |  | 100.0 (36.0, 75 %) | 95.0 (36.0, 75 %) |",
@@ -156,7 +156,7 @@ def test_the_page_of_a_language_model_says_what_broke(tmp_path: Path) -> None:
         "| task-arithmetic | sum |  | 80.0 (50.0, 75 %) |",
         "| iso-c | default |  | 60.0 (31.0, 75 %) |",
         "| task-arithmetic | default |  | 60.0 (35.0, 75 %) |",
-        "| **tsv-m** | default | 90.0 (30.0, 100 %) | 50.0 (32.0, 75 %) |",
+        "| **tsv-even** | default | 90.0 (30.0, 100 %) | 50.0 (32.0, 75 %) |",
         "| opcm | paper |  | 40.0 (33.0, 75 %) |",
     ]
     assert compared.split("\n")[3].startswith("| task-arithmetic | sum |  | +30.0 [+")
@@ -173,10 +173,10 @@ def test_a_suite_that_was_not_tuned_is_shown_by_rule_and_way_of_reading(tmp_path
     results.add(Key(0, "base", 3, "paper"), test={task: answers(2) for task in tasks})
     results.add(Key(0, "own", 3, "paper"), test={task: answers(10) for task in tasks})
     for order, count, rule, read, right in (
-        (0, 2, "tsv-m", "default", 7),
-        (1, 2, "tsv-m", "default", 9),
+        (0, 2, "tsv-even", "default", 7),
+        (1, 2, "tsv-even", "default", 9),
         (0, 2, "opcm", "paper", 5),
-        (0, 3, "tsv-m", "default", 6),
+        (0, 3, "tsv-even", "default", 6),
         (0, 3, "iso-c", "default", 7),
         (0, 3, "opcm", "paper", 5),
         (1, 3, "opcm", "paper", 3),
@@ -187,10 +187,10 @@ def test_a_suite_that_was_not_tuned_is_shown_by_rule_and_way_of_reading(tmp_path
     page = sections.written("", list(report.page([figures.load(results.file)])))
     assert "## text, LoRA adapters in a state of adapters, 3 tasks" in page
     assert "| rule | read | 2 models (2 orders) | 3 models (2 orders) |" in page
-    assert "| **tsv-m** | default | 80.0 | 60.0 |" in page, "no order changes what all of them make"
+    assert "| **tsv-even** | default | 80.0 | 60.0 |" in page, "no order changes what all of them make"
     assert "| opcm | paper | 1 order: 50.0 | 40.0 |" in page
     name = "| text: LoRA adapters in a state of adapters, 3 of 3 (2 orders)"
-    assert f"{name} | tsv-m | 60.0 | iso-c, default | -10.0 [" in page
+    assert f"{name} | tsv-even | 60.0 | iso-c, default | -10.0 [" in page
     assert "Around the default's number" not in page, "as nothing was tuned"
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from continual.making import DEFAULT, OF_ADAPTERS
+from continual.making import DEFAULT
 
 LINES = (
     (DEFAULT, "default", f"{DEFAULT} (default)", "-", "C1"),
-    (OF_ADAPTERS, "default", f"{OF_ADAPTERS} (default of adapters)", "-", "C0"),
+    ("tsv-m", "default", "tsv-m", "-", "C0"),
     ("gram", "default", "gram", "-", "C2"),
     ("opcm", "paper", "opcm as published", "--", "C3"),
     ("task-arithmetic", "paper", "task arithmetic × 0.3", ":", "C4"),
