@@ -199,7 +199,8 @@ def test_other_settings_find_what_was_passed_over(tmp_path: Path, hub: Hub) -> N
         assert {t.model for t in once(ours)} == {"org/ft", "org/newest"}
 
 
-def test_trouble_of_every_kind_is_survived(tmp_path: Path, hub: Hub) -> None:
+def test_trouble_of_every_kind_is_survived(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("continual.retrying.FIRST_WAIT", 0.01)
     base = made(tmp_path, hub)
     publish(hub, "org/evil", models.fine_tune(base, tmp_path / "evil", 5))
     hub.commit("org/evil", {"continual.json": b"[" * 200_000})
