@@ -26,6 +26,8 @@ Policy = Literal["norm", "number", "spread"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 FEW = 4
 """From so many models on one of them can be told from the others, and `spread` holds it."""
+_ROOM = 0.75
+"""Between ½ and 1: t vectors of one length have a sum √t times as long at right angles, and t times in one line."""
 _HOLD = 1.5
 """The widest with which the mean of four stays within a factor 1.3, whatever one of them is."""
 _KEYS = ("policy", "value", "lines", "rule", "weights", "layers", "terms")
@@ -39,7 +41,7 @@ class ReadOptions:
 
     `norm`: as long as `value` (κ) times the mean norm of the folded task vectors; the paper of OPCM is κ = 1. `number`:
     what the rule reads times `value`. `spread`: the matrices are `value`·ρ^1.5 times as long as those of the mean task
-    vector, ρ² being the stable rank of the task vectors, but no longer than those of all task vectors end to end, and
+    vector, ρ² being the stable rank of the task vectors, which counts for t^0.75 of t models at the most, and
     everything else is as long as it is in the mean task vector; one model alone is as long as it is; for the rules that
     see matrices (ops/decisions/0014, 0050, 0107).
     `lines` = (α, β) scales each layer by α + β·depth after that, depth being 0 for the first layer and what lies before
@@ -168,8 +170,8 @@ class ReadOptions:
         `norm`: s = min(κ, t)·n̄/‖X‖ with n̄ the mean of ‖τ_1‖ … ‖τ_t‖, held at max(`size.most`, n̄/‖X‖): κ = 1 is the
         paper's law exactly; a larger κ makes the merged task vector no longer than all task vectors end to end, or than
         the plain sum where X is one.
-        `spread`: min(c·ρ^1.5, t)·n̄/‖X‖ over the matrices, n̄/‖X‖ of one model alone: nothing gets in its way. n̄/‖X‖,
-        but no more than what makes it the plain sum, over the rest; of what sees pixels the mean, where that is
+        `spread`: c·min(ρ^1.5, t^0.75)·n̄/‖X‖ over the matrices, n̄/‖X‖ of one model alone: nothing gets in its way.
+        n̄/‖X‖, but no more than what makes it the plain sum, over the rest; of what sees pixels the mean, where that is
         shorter. From `FEW` models on all lengths are means of what each model has, ρ_i^1.5·‖τ_i‖ and ‖τ_i‖, `held` near
         the median: one odd model hardly changes them. Not where `totals` do not have each model's: the records of some
         folds are older.
@@ -197,7 +199,7 @@ class ReadOptions:
         else:
             long, norm = (of(totals.matrices) / count for of in (_length, _norm))
             plain = totals.matrices.plain_norm_sum / count
-        longer = min(self.value * long, count * norm) if count > 1 else norm
+        longer = self.value * min(long, count**_ROOM * norm) if count > 1 else norm
         others = min(_ratio(plain, rest), size.most)
         mean = size.most / totals.weight if totals.weight > 0 else math.inf
         return ScaleFactors(_ratio(longer, matrices), others, min(others, mean))

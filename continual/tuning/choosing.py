@@ -21,7 +21,7 @@ from continual.executors.contract import Executor, Progress
 from continual.objectives import builtin
 from continual.objectives.parameters import find_parameters
 from continual.publish import folder
-from continual.records import LARGEST, ObjectiveRecord
+from continual.records import ObjectiveRecord
 from continual.rules import ReadAs, ReadOptions, read_as
 from continual.rules.scale import POLICIES, Policy
 from continual.state import Commit, State
@@ -40,8 +40,6 @@ Told = Callable[[ReadOptions, float], None]
 
 
 _SCRATCH = ".continual-tune-"
-_LOW = 2.0**-20
-"""A value at which nothing holds a scale yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,16 +198,14 @@ def range_of(reading: Reading, tuning: Tuning) -> Range:
     now, size, totals = reading.options, reading.size(), reading.totals
     policy = tuning.policy or now.policy
     read = now.factors(totals, size)
-    held = policy == "norm" or (policy == "spread" and totals.count > 1)
-    low = _LOW if held else 1.0
-    unit = ReadOptions(policy, low).factors(totals, size)[0] / low
+    unit = ReadOptions(policy, 1.0).factors(totals, size)[0]
     if not unit:
         raise Misconfigured(
             f"there is nothing that the scale {policy} would make longer: the merged task vector is zero"
         )
     most = math.inf  # every value above it reads as this one does
-    if held:
-        most = float(f"{ReadOptions(policy, LARGEST).factors(totals, size)[0] / unit:.6g}")
+    if policy == "norm":
+        most = float(f"{ReadOptions('norm', 1e300).factors(totals, size)[0] / unit:.6g}")
     value = now.value if policy == now.policy else read[0] / unit
     start = now
     if policy != now.policy and (policy == "number" or value > 0):

@@ -4,7 +4,6 @@ model runs; a script reads the weights."""
 from __future__ import annotations
 
 import filecmp
-import itertools
 import json
 import os
 import signal
@@ -185,19 +184,6 @@ def test_spread_scales_matrices_and_the_rest_apart(place: Path, policy: str | No
         merge.fold(place / "ft-0")
         with pytest.raises(Misconfigured, match="spread"):
             merge.tune(command(place), asked(place, policy="spread"))
-
-
-def test_no_two_lengths_that_spread_holds_alike_are_asked(place: Path) -> None:
-    """A scale that is longer than all task vectors end to end reads as they are long."""
-    with api.open(place / "state", write=True) as merge:
-        merge.rescale("spread:1000")
-        tuned = merge.tune(command(place), asked(place, candidates=6, dry_run=True))
-        reading = merge.reading()
-        known = [
-            ReadOptions.parse(trial.scale).factors(reading.totals, reading.size())[0] for trial in tuned.entry.trials
-        ]
-    assert len(known) == 6
-    assert all(near != pytest.approx(far, rel=1e-3) for near, far in itertools.combinations(known, 2))
 
 
 def test_lower_lines_and_around(place: Path) -> None:

@@ -119,16 +119,16 @@ def test_the_length_is_a_mean_held_near_the_median_from_four_models_on_that_are_
     assert factors("spread", Size(None, 4.0, (1.0, 1.0)), known)[0] == pytest.approx((7 / 4) ** 1.5), "one is not known"
 
 
-def test_the_matrices_are_no_longer_than_all_task_vectors_end_to_end() -> None:
-    two = [(1.5, 2.0), (1.5, 1.0)]
-    assert long(two)[0] == pytest.approx(1.5**1.5 * 1.5), "short of it nothing holds them"
+def test_few_models_have_no_room_for_many_directions() -> None:
+    two = [(1.4, 2.0), (1.4, 1.0)]
+    assert long(two)[0] == pytest.approx(1.4**1.5 * 1.5), "short of it nothing holds them"
     wide = [(4.0, 2.0), (1.0, 1.0)]
-    assert long(wide)[0] == pytest.approx(3.0)
-    short = factors("spread:0.25", Size(None, math.inf, (1.0, 1.0)), totals_of(wide))[0]
-    assert short == pytest.approx(0.25 * 3.0**1.5 * 1.5), "the number counts before it is held"
-    assert long([(4.0, 1.0)] * 4) == pytest.approx((4.0, 0.5)), "what is no matrix has a law of its own"
-    assert long([(4.0, 1.0)] * 3 + [(4.0, 1e6)])[0] == pytest.approx(3 + 1.5), "nor does one odd model make room"
-    assert long([(4.0, 1.0)] * 8)[0] == pytest.approx(8.0), "eight of them, 4^1.5 is as much"
+    assert long(wide)[0] == pytest.approx(2**0.75 * 1.5)
+    longer = factors("spread:3", Size(None, math.inf, (1.0, 1.0)), totals_of(wide))[0]
+    assert longer == pytest.approx(3 * 2**0.75 * 1.5), "the number counts in full"
+    assert long([(4.0, 1.0)] * 4) == pytest.approx((4**0.75, 0.5)), "what is no matrix has a law of its own"
+    assert long([(4.0, 1.0)] * 3 + [(4.0, 1e6)])[0] == pytest.approx(4**0.75 * 4.5 / 4), "one odd model makes no room"
+    assert long([(4.0, 1.0)] * 16)[0] == long([(4.0, 1.0)] * 99)[0] == pytest.approx(8.0), "from there on ρ alone"
 
 
 def test_folds_that_measured_no_spread_are_not_read_as_nothing() -> None:

@@ -11,7 +11,7 @@ length and at multiples, cell by cell, and constants that were fitted on the oth
 
 A cell is a suite, a form and a number of models. *Tuned*: in each order the multiple that is best on every second test
 row of each task, judged on the others, and the other way round; so no row both chooses and judges, and the default is
-judged on the same rows. Two scales that are held at one length are one multiple. Between the multiples that were asked
+judged on the same rows. Between the multiples that were asked
 accuracy is a smooth curve through them over their logarithm (piecewise cubic, its slope at each that of the line
 between its neighbours).
 """
@@ -49,8 +49,8 @@ CONSTANTS = tuple(2.0 ** (step / 8) for step in range(-8, 9))
 
 @dataclass(frozen=True)
 class Law:
-    """‖X‖ over the matrices: c times the mean of ρ^power·‖τ‖ over the models, times (count/4)^growth, and no longer
-    than all of them end to end."""
+    """‖X‖ over the matrices: c times the mean of ρ^power·‖τ‖ over the models, ρ^power counting for count^0.75 at the
+    most, times (count/4)^growth."""
 
     c: float = 1.0
     power: float = 1.5
@@ -59,11 +59,11 @@ class Law:
     def length(self, each: Sequence[tuple[float, float]]) -> float:
         """For models of these ρ and ‖τ‖; odd ones are held as `spread` holds them."""
         count = len(each)
-        centre, most = (
+        centre, norm = (
             held(values) if count >= FEW else sum(values) / count
             for values in ([rho**self.power * norm for rho, norm in each], [norm for _, norm in each])
         )
-        return min(self.c * centre * (count / 4) ** self.growth, most * count)
+        return self.c * min(centre, count**0.75 * norm) * (count / 4) ** self.growth
 
     def __str__(self) -> str:
         grows = f"·(t/4)^{self.growth:g}" if self.growth else ""
@@ -200,9 +200,8 @@ def cells(found: Sequence[Table]) -> Iterator[Cell]:
 
 def _asked(table: Table, order: int, count: int) -> dict[float, Answers]:
     """The answers by multiple of the default's length."""
-    default = table.rows[order, table.default, count, "default"]["factor"]
     return {
-        _nearest(row["factor"] / default): row["test"]
+        _nearest(ReadOptions.parse(row["scale"]).value / read_options(table.default).value): row["test"]
         for (o, rule, c, read), row in table.rows.items()
         if (o, rule, c) == (order, table.default, count) and "scale" in row and read in ("default", row["scale"])
     }
