@@ -122,6 +122,7 @@ def main() -> None:
     import continual.cli.main
     import continual.service.daemon
 
+    assert {"torch", "continual.api.merge"} <= sys.modules.keys(), "what is lazy is loaded anew in each process"
     assert "huggingface_hub" not in sys.modules, "it reads the environment when it is imported"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
