@@ -370,11 +370,12 @@ def tuned_line(found: Tuned, *, loss: bool = False) -> str:
     entry = found.entry
     score, before = found.score, found.before
     worth = f"loss of the rows that judge {-score:.6g}, against {-before:.6g}" if loss else None
+    far = ""
     if entry.drift is not None:
         drift = min(row.drift or 0.0 for row in entry.trials if row.score == score)
-        worth = f"{worth} (what is predicted of texts went by {drift:.3g} nats a token, of {entry.drift:g} that may be)"
+        far = f", and {drift:.3g} nats a token from what it predicted of texts, of {entry.drift:g} that may be"
     recorded = f"recorded as record {found.commit.seq}" if found.commit else "nothing recorded"
     return (
-        f"scale {found.read}: {worth or f'{score:.6g}, against {before:.6g}'} at what was in force; "
+        f"scale {found.read}: {worth or f'{score:.6g}, against {before:.6g}'} at what was in force{far}; "
         f"{counted(len(entry.trials), 'candidate')} in {entry.seconds:.1f} s; {recorded}"
     )

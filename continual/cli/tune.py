@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, cast
 
@@ -229,6 +230,8 @@ def _learn(wanted: Learning, flags: Flags) -> None:
         console.emit(console.tuned_body(tuned))
         return
     console.learned(tuned)
+    if wanted.objective == "causal-lm" and tuned.entry.drift is None and isfinite(wanted.drift):
+        console.warn("the rows have no prompts, so nothing says what must stay: name texts with --keep")
     if tuned.score == tuned.before:
         return console.say(
             f"no candidate {console.within(tuned)}served the rows that judge better than what is in force: nothing is "

@@ -157,6 +157,9 @@ def test_coefficients_leave_what_is_predicted_of_texts(tmp_path: Path) -> None:
     done = run(*argv, "--candidates", 3)
     assert done.returncode == 0, done.stderr
     assert "of 0.02 that may be" in done.stdout or "within a drift of 0.02 nats a token" in done.stdout
+    bare = run(*argv[:4], tmp_path / "rows.jsonl", *argv[5:], "--candidates", 3, "--dry-run")
+    assert "the rows have no prompts, so nothing says what must stay" in bare.stderr
+    assert "nothing says what must stay" not in done.stderr
     wrong = run(*argv[:1], *argv[3:], "--drift", 1)
     assert wrong.returncode == 2
     assert "--keep and --drift are for --what layers" in wrong.stderr
