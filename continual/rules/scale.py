@@ -41,7 +41,7 @@ class ReadOptions:
 
     `norm`: as long as `value` (κ) times the mean norm of the folded task vectors; the paper of OPCM is κ = 1. `number`:
     what the rule reads times `value`. `spread`: the matrices are `value`·ρ^1.5 times as long as those of the mean task
-    vector, ρ² being the stable rank of the task vectors, which counts for t^0.75 of t models at the most, and
+    vector, ρ² being the stable rank of the task vectors and ρ^1.5 counting for t^0.75 of t models at the most, and
     everything else is as long as it is in the mean task vector; one model alone is as long as it is; for the rules that
     see matrices (ops/decisions/0014, 0050, 0107).
     `lines` = (α, β) scales each layer by α + β·depth after that, depth being 0 for the first layer and what lies before
