@@ -67,8 +67,9 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Language:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training of three steps."""
+    """Training of three steps, and few answers to write."""
     monkeypatch.setattr(language, "STEPS", dict.fromkeys(language.STEPS, 3))
+    monkeypatch.setattr(asked, "WRITTEN_TEST", 20)
 
 
 @pytest.mark.parametrize(
