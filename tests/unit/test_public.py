@@ -44,7 +44,7 @@ SIGNATURES = {
     "TaskRows": "(objective, models, rows=(), heads=(), rank=64, calibration, dry_run=False)",
     "Learning": (
         "(objective, rows=(), heads=(), calibration, candidates=20, work=None, dry_run=False, rule=None, teachers=(), "
-        "models=False)"
+        "models=False, keep=None, drift=0.02)"
     ),
     "Weighing": "(candidates=20, groups=(), work=None, dry_run=False, rule=None)",
     "Merge.look_unfold": "(self, word, at=None)",
